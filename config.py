@@ -1,0 +1,186 @@
+"""The hyperparameters of a run: read from a W&B YAML file, overridden by flags, checked, nothing hidden.
+
+A config file holds *every* key of `Config`, in W&B's form `key: {value: x}`; this module has no defaults.
+Every key is a flag as well (`--syn_num 200` or `--syn_num=200`, the form a W&B sweep agent passes).
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+
+import yaml
+
+from util import UserError
+
+
+def key(help, *, at_least=None, above=None, choices=None):
+    """A field of Config with its meaning and the values it may take."""
+    return dataclasses.field(metadata=dict(help=help, at_least=at_least, above=above, choices=choices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every hyperparameter of a run (symbols: paper and SPEC sections 3 to 7). Sizes that the data decides are not here."""
+    seed: int = key("every random draw of the run follows from it", at_least=0)
+    # the features the run asks for
+    backbone: str = key("network the feature maps must come from")
+    img_size: int = key("image size the feature maps must come from, in pixels", above=0)
+    # stage 1: LEN + GEN
+    batch_size: int = key("B, images of a class-balanced batch, in every stage", above=0)
+    scen_iterations: int = key("iterations of stage 1", at_least=0)
+    scen_lr: float = key("RMSprop learning rate of stages 1 and 2", above=0)
+    scen_weight_decay: float = key("RMSprop weight decay of stages 1 and 2", at_least=0)
+    scen_momentum: float = key("RMSprop momentum of stages 1 and 2", at_least=0)
+    lambda_local: float = key("weight of L_LEN, the local cross entropy", at_least=0)
+    lambda_global: float = key("weight of L_GEN, the global cross entropy", at_least=0)
+    compose_runtime: str = key("how the trained GEN composes the dense-semantic feature", choices=("avg", "mlp"))
+    # stage 2: semantic distillation
+    distill_iterations: int = key("iterations of stage 2", at_least=0)
+    distill_hidden: int = key("hidden units of the distilled global classifier", above=0)
+    # stage 3: EGGN
+    nepoch: int = key("epochs of EGGN", at_least=0)
+    ngh: int = key("hidden units of encoder, generator, decoder and feedback", above=0)
+    ndh: int = key("hidden units of the critic", above=0)
+    lr: float = key("Adam learning rate of encoder, generator and critic", above=0)
+    dec_lr: float = key("Adam learning rate of the semantic decoder", above=0)
+    feed_lr: float = key("Adam learning rate of the feedback network", above=0)
+    critic_iter: int = key("critic steps an iteration", above=0)
+    lambda1: float = key("first weight of the gradient penalty (it adapts)", at_least=0)
+    gammaD: float = key("weight of the critic's loss", at_least=0)
+    gammaG: float = key("weight of the generator's adversarial loss", at_least=0)
+    recons_weight: float = key("weight of the decoder's attribute reconstruction", at_least=0)
+    vae_loss_weight: float = key("weight of the VAE's loss", at_least=0)
+    rec_seen_cls_weight: float = key("weight of the guidance on reconstructed features", at_least=0)
+    gen_unseen_cls_weight: float = key("weight of the guidance on generated unseen features", at_least=0)
+    feedback_loop: int = key("passes over the data an epoch; from the second on with feedback", above=0)
+    a1: float = key("weight of the feedback in training", at_least=0)
+    a2: float = key("weight of the feedback in synthesis", at_least=0)
+    encoded_noise: bool = key("draw z from the encoder rather than from N(0, 1)")
+    freeze_dec: bool = key("leave the decoder as it is in the generator's step")
+    # evaluation
+    gzsl: bool = key("evaluate GZSL beside CZSL; best epochs are then picked by H")
+    test_freq_epoch: int = key("evaluate every so many epochs", above=0)
+    syn_num: int = key("synthetic features an unseen class", above=0)
+    classifier_lr: float = key("Adam learning rate of the softmax classifiers", above=0)
+    classifier_epochs: int = key("epochs of the softmax classifiers", above=0)
+    # logging
+    log_freq_iteration: int = key("log the losses of stages 1 and 2 every so many iterations", above=0)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# W&B writes these two beside the hyperparameters when it saves a run's config.yaml
+WANDB_BOOKKEEPING = {"_wandb", "wandb_version"}
+
+
+def parse_value(name: str, raw, where: str):
+    """`raw` (a YAML value or a flag's text) as the type of key `name`. Raises UserError naming key, value and place."""
+    field = FIELDS[name]
+    problem = UserError(f"{where}: {name} must be {describe(field)}, not {raw!r}")
+    if field.type is str:
+        value = raw if isinstance(raw, str) else None
+    elif field.type is bool:
+        value = {"true": True, "false": False}.get(str(raw).lower())
+    else:
+        try:
+            # text too: YAML 1.1 reads 1e-4 as text
+            number = math.nan if isinstance(raw, bool) else float(raw)
+        except (TypeError, ValueError):
+            raise problem from None
+        if not math.isfinite(number) or (field.type is int and number != int(number)):
+            raise problem
+        value = field.type(number) if isinstance(raw, float) or field.type is float else int(float(raw))
+    limits = field.metadata
+    if (value is None
+            or (limits["choices"] and value not in limits["choices"])
+            or (limits["at_least"] is not None and value < limits["at_least"])
+            or (limits["above"] is not None and value <= limits["above"])):
+        raise problem
+    return value
+
+
+def describe(field) -> str:
+    """What a key may be, in words."""
+    limits = field.metadata
+    if limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[field.type]
+    if limits["at_least"] is not None:
+        words += f" of at least {limits['at_least']}"
+    if limits["above"] is not None:
+        words += f" above {limits['above']}"
+    return words
+
+
+def unknown_key(name: str, where: str, others=()) -> UserError:
+    """The error for a key that does not exist, naming the nearest one that does."""
+    nearest = difflib.get_close_matches(name, [*FIELDS, *others], n=1, cutoff=0)[0]
+    return UserError(f"{where}: unknown key {name}; did you mean {nearest}?")
+
+
+def read_config(path: Path, overrides: dict[str, str]) -> Config:
+    """Config of a W&B YAML file with `overrides` (flag texts by key) laid over it.
+
+    Raises UserError for an unreadable file, unknown, missing or repeated keys and values of the wrong type or range.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} could not be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"config {path}: expected lines of the form `key: {{value: x}}`")
+    values = {}
+    for name, entry in content.items():
+        if name in WANDB_BOOKKEEPING:
+            continue
+        if name not in FIELDS:
+            raise unknown_key(str(name), f"config {path}")
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise UserError(f"config {path}: {name} must be written `{name}: {{value: x}}`")
+        values[name] = parse_value(name, entry["value"], f"config {path}")
+    missing = [name for name in FIELDS if name not in values]
+    if missing:
+        raise UserError(f"config {path} lacks {', '.join(missing)}: a config holds every hyperparameter")
+    for name, text in overrides.items():
+        values[name] = parse_value(name, text, f"flag --{name}")
+    return Config(**values)
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key written twice is an error and not silently the last one."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = self.construct_object(key_node, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands twice", key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def config_yaml(config: Config) -> str:
+    """The config in W&B's YAML form, as `read_config` reads it."""
+    return "".join(f"{name}: {{value: {yaml.safe_dump(value).splitlines()[0]}}}\n"
+                   for name, value in dataclasses.asdict(config).items())
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Parse `argv` with the run's own options (`parser`, made with allow_abbrev=False) and every Config key as a flag.
+
+    Returns (options, overrides by key as text). Raises UserError for a flag that is neither, naming the nearest key.
+    """
+    own = [option[2:] for option in parser._option_string_actions if option.startswith("--")]
+    group = parser.add_argument_group("hyperparameters (override the config file)")
+    for name, field in FIELDS.items():
+        group.add_argument(f"--{name}", metavar=field.type.__name__, default=argparse.SUPPRESS,
+                           help=f"{field.metadata['help']}: {describe(field)}")
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        if rest[0].startswith("--"):
+            raise unknown_key(rest[0][2:].split("=")[0], "flags", own)
+        raise UserError(f"flags: {rest[0]!r} belongs to no flag")
+    overrides = {name: vars(options).pop(name) for name in FIELDS if name in options}
+    return options, overrides
