@@ -1,0 +1,205 @@
+"""HDF5 feature file -> checked splits, normalised feature maps, class-balanced batches.
+
+A feature map leaves here as SCEN reads it: (R, D), positions first, L2-normalised over channels. It is normalised once,
+when it is read, not in every step.
+"""
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from util import UserError
+from xlsa17 import Split, check_split
+
+REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
+READ_AT_ONCE = 64  # images
+
+
+def normalize_positions(maps: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, R, D), each position's channels scaled to unit length (section 4)."""
+    return F.normalize(maps.flatten(2).transpose(1, 2).contiguous(), dim=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w)."""
+    path: Path
+    split: Split
+    w2v: np.ndarray
+    shape: tuple[int, int, int]
+    class_names: list[str]
+    attribute_names: list[str]
+    provenance: dict
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
+        maps = torch.empty(len(indices), *self.shape)
+        try:
+            with h5py.File(self.path, "r") as file:
+                for row, index in enumerate(indices):
+                    file["feature_map"].read_direct(maps[row].numpy(), np.s_[int(index)])
+        except OSError as error:
+            raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
+        if not torch.isfinite(maps).all():
+            bad = (~torch.isfinite(maps).flatten(1).all(dim=1)).nonzero()[0].item()
+            raise UserError(f"{self.path}: the feature map of image {indices[bad]} holds NaN or infinity: "
+                            "run preprocessing.py again")
+        return normalize_positions(maps)
+
+
+def open_features(path: Path, backbone: str | None = None, img_size: int | None = None) -> Features:
+    """Open and check a feature file (section 3), ours or the published code's.
+
+    Raises UserError for a missing, truncated or foreign file, contents that cannot be true, and features of another
+    backbone or image size than asked for.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing: make it with preprocessing.py, or name it with --features")
+    try:
+        with h5py.File(path, "r") as file:
+            return check_features(path, file, backbone, img_size)
+    except OSError as error:
+        raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
+
+
+def check_features(path: Path, file: h5py.File, backbone: str | None, img_size: int | None) -> Features:
+    """The body of `open_features`, on an open file."""
+    lacking = [key for key in REQUIRED if key not in file]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}: it is not a feature file; make one with preprocessing.py")
+    provenance = dict(file.attrs)
+    for name, wanted in (("backbone", backbone), ("img_size", img_size)):
+        if wanted is not None and name in provenance and provenance[name] != wanted:
+            raise UserError(f"{path} holds features of {name} {provenance[name]}, but the run asks for {wanted}: "
+                            f"give --{name} {provenance[name]}, or --features another file")
+    if "backbone" not in provenance:
+        print(f"{path} does not say what made it: taken for {backbone} features at {img_size} px")
+
+    def indices(key):
+        array = file[key][()]
+        if array.dtype.kind not in "ui" or array.ndim != 1:
+            raise UserError(f"{path}: {key} must be a vector of whole numbers, it is {array.dtype} {array.shape}")
+        return array.astype(np.int64)
+
+    def table(key):
+        array = file[key][()]
+        if array.dtype.kind not in "fui" or array.ndim != 2:
+            raise UserError(f"{path}: {key} must be a table of numbers, it is {array.dtype} {array.shape}")
+        return array.astype(np.float32)
+
+    att, w2v, maps = table("att"), table("w2v_att"), file["feature_map"]
+    labels = indices("labels")
+    if maps.ndim != 4 or maps.dtype.kind != "f" or len(maps) != len(labels):
+        raise UserError(f"{path}: feature_map is {maps.dtype} {maps.shape}, expected floats ({len(labels)}, D, h, w), "
+                        "as many as labels")
+    if len(w2v) != att.shape[1]:
+        raise UserError(f"{path}: {len(w2v)} attribute word vectors (w2v_att {w2v.shape}), but K = {att.shape[1]} "
+                        f"attributes (att {att.shape})")
+    if not np.isfinite(w2v).all():
+        raise UserError(f"{path}: w2v_att holds NaN or infinity")
+    optional = {name: indices(f"{name}_loc") if f"{name}_loc" in file else None for name in ("train", "val")}
+    split = check_split(Split(labels, indices("trainval_loc"), indices("test_seen_loc"), indices("test_unseen_loc"),
+                              att, table("original_att"), **optional), path)
+    if provenance.get("split_fingerprint", split.fingerprint) != split.fingerprint:
+        raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
+                        f"{provenance['split_fingerprint']}: it was changed afterwards; run preprocessing.py again")
+
+    def texts(key, fallback):
+        return [text.decode() for text in file[key][()]] if key in file else fallback
+
+    return Features(path, split, w2v, maps.shape[1:], texts("allclasses_names", [f"class {c}" for c in range(len(att))]),
+                    texts("attribute_names", [f"attribute {k}" for k in range(len(w2v))]), provenance)
+
+
+class BalancedSampler:
+    """Class-balanced batches of positions in trainval (section 5).
+
+    A batch holds min(Cs, B) distinct seen classes and max(B // Cs, 1) images of each, drawn with replacement; it need
+    not hold B images (AWA2: 40), `batch_size` is what it does hold. labels (n,) of trainval.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int):
+        order = labels.argsort(stable=True)
+        _, counts = labels.unique(return_counts=True)
+        self.order, self.counts = order, counts
+        self.first = counts.cumsum(0) - counts  # where each class starts in `order`
+        self.classes = min(len(counts), batch_size)
+        self.images = max(batch_size // len(counts), 1)
+        self.batch_size = self.classes * self.images
+
+    def draw(self, batches: int) -> Tensor:
+        """Positions (batches, batch_size), all drawn at once from torch's CPU generator."""
+        classes = torch.rand(batches, len(self.counts)).argsort(dim=1)[:, :self.classes, None]
+        uniform = torch.rand(batches, self.classes, self.images)
+        # float32 rounding can carry uniform * count up to count itself
+        within = torch.minimum((uniform * self.counts[classes]).long(), self.counts[classes] - 1)
+        return self.order[self.first[classes] + within].flatten(1)
+
+
+class FeatureMaps:
+    """The normalised maps of some images, in memory on the device, in RAM, or read from the file batch by batch.
+
+    features: the file; indices (n,): its images, in the order that positions count; where: device, ram or none.
+    """
+
+    def __init__(self, features: Features, indices: np.ndarray, device: torch.device, where: str, progress):
+        self.features, self.indices, self.device = features, indices, device
+        D, h, w = features.shape
+        self.store = None
+        if where != "none":
+            self.store = torch.empty(len(indices), h * w, D, device=device if where == "device" else "cpu")
+            for start in range(0, len(indices), READ_AT_ONCE):
+                piece = features.read(indices[start:start + READ_AT_ONCE])
+                self.store[start:start + len(piece)] = piece
+                progress(len(piece))
+
+    def __len__(self):
+        return len(self.indices)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Maps (B, R, D) of `positions` (B,), on the host unless the store is on the device."""
+        if self.store is None:
+            return self.features.read(self.indices[positions.numpy()])
+        return self.store.index_select(0, positions.to(self.store.device))
+
+    def stream(self, table) -> "Iterator[tuple[Tensor, Tensor]]":
+        """Yield (positions, maps) on the device for each row of positions; the next row is fetched meanwhile."""
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            table = list(table)
+            ahead = reader.submit(self.take, table[0]) if table else None
+            for row, positions in enumerate(table):
+                maps = ahead.result()
+                if row + 1 < len(table):
+                    ahead = reader.submit(self.take, table[row + 1])
+                yield positions.to(self.device), maps.to(self.device)
+
+    def batches(self, sampler: BalancedSampler, count: int):
+        """`count` class-balanced batches (positions (B,), maps (B, R, D)) on the device."""
+        return self.stream(sampler.draw(count))
+
+    def in_order(self):
+        """All maps, in order, in batches on the device."""
+        for _, maps in self.stream(torch.arange(len(self)).split(READ_AT_ONCE)):
+            yield maps
+
+
+def choose_place(size: int, device: torch.device) -> str:
+    """Where `size` bytes of maps go: device if CUDA has room for them twice over, ram if half the free RAM holds them, else none."""
+    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] * 0.5:
+        return "device"
+    return "ram" if size < available_ram() * 0.5 else "none"
+
+
+def available_ram() -> int:
+    """Bytes of RAM that can be taken without swapping; 0 where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0

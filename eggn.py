@@ -1,0 +1,161 @@
+"""Stage 3: train EGGN on the frozen, cached dense-semantic features, and synthesise features of unseen classes.
+
+One iteration is `critic_iter` critic steps and one generator step (section 6). All random draws are handed to the
+steps, so that they can be replayed.
+"""
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import Config
+from model import Critic, Decoder, Encoder, Feedback, Generator, vae_loss, weighted_l1
+
+LOSSES = ("loss_Dec", "critic_real", "critic_fake", "penalty",
+          "loss_vae", "loss_rec_cls", "loss_unseen_cls", "loss_adv", "loss_Dec_fake", "loss_G")
+
+
+class EGGN(nn.Module):
+    """Encoder, generator, critic, decoder and feedback with their optimisers and the adaptive penalty weight lambda1.
+
+    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier (frozen: the guidance).
+    """
+
+    def __init__(self, channels: int, att: Tensor, global_cls: nn.Module, config: Config):
+        super().__init__()
+        K = att.shape[1]
+        self.config = config
+        self.E = Encoder(channels, K, config.ngh)
+        self.G = Generator(channels, K, config.ngh)
+        self.D = Critic(channels, K, config.ndh)
+        self.Dec = Decoder(channels, K, config.ngh)
+        self.F = Feedback(config.ngh)
+        self.register_buffer("att", att)
+        self.register_buffer("lambda1", torch.tensor(config.lambda1, dtype=torch.float64))
+        self.guide = [global_cls.requires_grad_(False)]  # in a list: its weights are saved with SCEN, not here
+
+    def to(self, device):
+        """Move the networks to the device and make their optimisers there (one kernel an update: fused)."""
+        super().to(device)
+        adam = lambda network, lr, beta1: torch.optim.Adam(network.parameters(), lr, betas=(beta1, 0.999), fused=True)
+        self.optimizers = {"E": adam(self.E, self.config.lr, 0.9), "G": adam(self.G, self.config.lr, 0.5),
+                           "D": adam(self.D, self.config.lr, 0.5), "Dec": adam(self.Dec, self.config.dec_lr, 0.5),
+                           "F": adam(self.F, self.config.feed_lr, 0.5)}
+        return self
+
+    def latent(self, x: Tensor, a: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z = mu + eps exp(logvar / 2) (or eps itself without encoded_noise), mu, logvar."""
+        mean, log_var = self.E(x, a)
+        return (mean + eps * (log_var / 2).exp() if self.config.encoded_noise else eps), mean, log_var
+
+    def step(self, *networks: str):
+        """One optimiser step of the named networks, which also clears their gradients."""
+        for name in networks:
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad(set_to_none=True)
+
+    def critic_steps(self, x: Tensor, y: Tensor, eps: Tensor, alpha: Tensor, feedback: bool) -> Tensor:
+        """All critic_iter decoder and critic steps of an iteration.
+
+        x (T, B, D) features, y (T, B) labels, eps (T, B, K) and alpha (T, B, 1) draws, T = critic_iter.
+        Encoder and generator stand still meanwhile, so all T batches of fakes are made in one pass; only the feedback,
+        whose decoder moves, has to wait for its step. Returns (loss_Dec, critic_real, critic_fake, penalty) of the last
+        step, and adapts lambda1 to the mean penalty.
+        """
+        config, a = self.config, self.att[y]
+        with torch.no_grad():
+            h1 = self.G.hidden(self.latent(x, a, eps)[0], a)
+            fakes = self.G.output(h1)
+        penalties = []
+        for t in range(len(x)):
+            loss_Dec = config.recons_weight * weighted_l1(self.Dec(x[t]), a[t])
+            loss_Dec.backward()
+            self.step("Dec")
+            fake = fakes[t]
+            if feedback:
+                with torch.no_grad():
+                    fake = self.G.output(h1[t] + config.a1 * self.F(self.Dec.hidden(fake)))
+            real, score, penalty = self.D.loss_gradients(x[t], fake, a[t], alpha[t], config.gammaD, self.lambda1)
+            self.step("D")
+            penalties.append(penalty)
+        self.adapt_lambda1(torch.stack(penalties).mean())
+        return torch.stack([loss_Dec.detach(), real, score, penalty])
+
+    def adapt_lambda1(self, penalty: Tensor):
+        """lambda1 grows by a tenth while the penalty is above 1.05 and shrinks while it is below 1.001; on the device."""
+        factor = torch.where(penalty > 1.05, 1.1, torch.where(penalty < 1.001, 1 / 1.1, 1.0).double())
+        self.lambda1.mul_(factor)
+
+    def generator_step(self, x: Tensor, y: Tensor, eps: Tensor, unseen_y: Tensor, noise: Tensor,
+                       feedback: bool) -> Tensor:
+        """One step of E, G, Dec (unless freeze_dec) and, with feedback, Fb against the frozen critic.
+
+        x (B, D), y (B,), eps (B, K); unseen_y (B,) drawn unseen labels with their noise (B, K).
+        Returns (loss_vae, loss_rec_cls, loss_unseen_cls, loss_adv, loss_Dec_fake, loss_G), unweighted but for loss_G.
+        """
+        config, B, a = self.config, len(x), self.att[y]
+        self.D.requires_grad_(False)
+        self.Dec.requires_grad_(not config.freeze_dec)
+        z, mean, log_var = self.latent(x, a, eps)
+        # reconstructions and generated unseen features share the generator's and the guide's matrix products
+        h1 = self.G.hidden(torch.cat([z, noise]), torch.cat([a, self.att[unseen_y]]))
+        if feedback:
+            with torch.no_grad():
+                decoder_hidden = self.Dec.hidden(self.G.output(h1[:B]))
+            h1 = torch.cat([h1[:B] + config.a1 * self.F(decoder_hidden), h1[B:]])
+        generated = self.G.output(h1)
+        rec = generated[:B]
+        rec_logits, unseen_logits = self.guide[0](generated).split(B)
+        losses = torch.stack([vae_loss(rec, x, mean, log_var),
+                              F.cross_entropy(rec_logits, y),
+                              F.cross_entropy(unseen_logits, unseen_y),
+                              -self.D(rec, a).mean(),
+                              weighted_l1(self.Dec(rec), a)])
+        total = (config.vae_loss_weight * losses[0] + config.rec_seen_cls_weight * losses[1]
+                 + config.gen_unseen_cls_weight * losses[2] + config.gammaG * losses[3]
+                 + config.recons_weight * losses[4])
+        total.backward()
+        self.step("E", "G", *(() if config.freeze_dec else ("Dec",)), *(("F",) if feedback else ()))
+        self.D.requires_grad_(True)
+        self.Dec.requires_grad_(True)
+        return torch.cat([losses.detach(), total.detach()[None]])
+
+    @torch.no_grad()
+    def synthesize(self, y: Tensor, noise: Tensor) -> Tensor:
+        """Features (n, D) of classes y (n,) from noise (n, K), with feedback weighted by a2."""
+        h1 = self.G.hidden(noise, self.att[y])
+        fake = self.G.output(h1)
+        if self.config.feedback_loop > 1 and self.config.a2 > 0:
+            fake = self.G.output(h1 + self.config.a2 * self.F(self.Dec.hidden(fake)))
+        return fake
+
+    def synthesize_classes(self, classes: Tensor, per_class: int) -> tuple[Tensor, Tensor]:
+        """`per_class` features of every class, drawn now: (n, D) and labels (n,)."""
+        y = classes.repeat_interleave(per_class)
+        noise = torch.randn(len(y), self.att.shape[1], device=y.device)
+        return torch.cat([self.synthesize(*piece) for piece in zip(y.split(1024), noise.split(1024))]), y
+
+
+def train_epoch(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor, progress) -> dict[str, float]:
+    """One epoch of section 6's loop over cached features x (n, D) with labels y (n,).
+
+    sampler draws class-balanced batches; unseen (Cu,) the unseen labels; progress() is called once an iteration.
+    Returns the mean of every loss over the epoch, and lambda1. The device is read once, at the end.
+    """
+    config, device, K = eggn.config, x.device, eggn.att.shape[1]
+    B, T = sampler.batch_size, config.critic_iter
+    iterations = -(-len(x) // B)
+    sums = torch.zeros(len(LOSSES), device=device)
+    for loop in range(config.feedback_loop):
+        # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: the pass through it is left out
+        feedback = loop >= 1 and config.a1 > 0
+        for batches in sampler.draw(iterations * (T + 1)).to(device).view(iterations, T + 1, B):
+            critic, generator = batches[:T], batches[T]
+            critic_losses = eggn.critic_steps(x[critic], y[critic], torch.randn(T, B, K, device=device),
+                                              torch.rand(T, B, 1, device=device), feedback)
+            unseen_y = unseen[torch.randint(len(unseen), (B,), device=device)]
+            generator_losses = eggn.generator_step(x[generator], y[generator], torch.randn(B, K, device=device),
+                                                   unseen_y, torch.randn(B, K, device=device), feedback)
+            sums += torch.cat([critic_losses, generator_losses])
+            progress()
+    means = (sums / (iterations * config.feedback_loop)).tolist()
+    return dict(zip(LOSSES, means)) | {"lambda1": eggn.lambda1.item()}

@@ -1,0 +1,297 @@
+"""The networks of SC-EGG: SCEN (LEN + GEN), the distilled global classifier, and EGGN's five networks with their losses.
+
+Shapes: B images, R = h*w positions, D channels, K attributes, C classes, d_v word-vector length.
+Sections are those of the paper's method as SPEC numbers them: 4 LEN, 5 GEN, 6 EGGN, 10 the exact shortcuts.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SCEN, the semantic compression embedding network
+# ---------------------------------------------------------------------------------------------------------------------
+
+class LEN(nn.Module):
+    """Local embedding network (section 4): attends to each attribute and scores it.
+
+    Args: w2v (K, d_v) word vectors of the attributes; channels D.
+    """
+
+    def __init__(self, w2v: Tensor, channels: int):
+        super().__init__()
+        self.V = nn.Parameter(F.normalize(w2v, dim=1))
+        self.W1 = nn.Parameter(torch.randn(w2v.shape[1], channels))
+        self.W2 = nn.Parameter(torch.zeros(w2v.shape[1], channels))  # zero: attention starts uniform
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """maps (B, R, D), L2-normalised over channels -> attention A (B, R, K), attribute scores s (B, K).
+
+        The local features h_k = sum_r A_kr F_:r are never formed: s_k = sum_r A_kr (V W1 F)_kr (section 10), so one
+        matrix product gives attention logits and score maps together.
+        """
+        K = len(self.V)
+        attention_and_score = torch.cat([self.V @ self.W2, self.V @ self.W1])
+        logits, score_maps = F.linear(maps, attention_and_score).split(K, dim=2)
+        attention = logits.softmax(dim=1)
+        return attention, (attention * score_maps).sum(dim=1)
+
+    @staticmethod
+    def local_features(attention: Tensor, maps: Tensor) -> Tensor:
+        """h (B, K, D), the attribute-level local features, for inspection: neither training nor inference needs them."""
+        return attention.transpose(1, 2) @ maps
+
+
+class GEN(nn.Module):
+    """Global embedding network (section 5): compresses the K local features of an image to one D-vector.
+
+    While it is trained a small MLP over the K values of each channel composes them; afterwards the mean does (or still
+    the MLP, `compose_runtime`), and a min-max scaler fitted on trainval maps the result to [0, 1].
+    """
+
+    def __init__(self, attributes: int, channels: int, classes: int, compose_runtime: str = "avg"):
+        super().__init__()
+        self.compose_runtime = compose_runtime
+        self.compose = nn.Sequential(nn.Linear(attributes, attributes // 2), nn.LeakyReLU(0.01),
+                                     nn.Linear(attributes // 2, 1))
+        self.global_cls = nn.Linear(channels, classes)
+        self.register_buffer("minimum", torch.full((channels,), torch.inf))
+        self.register_buffer("maximum", torch.full((channels,), -torch.inf))
+
+    def compose_mlp(self, attention: Tensor, maps: Tensor) -> Tensor:
+        """g_mlp (B, D) from A (B, R, K) and maps (B, R, D); the first layer is (M A) F^T, without h (section 10)."""
+        first, activation, second = self.compose
+        mixed = F.linear(attention, first.weight)  # (B, R, K//2)
+        hidden = activation(maps.transpose(1, 2) @ mixed + first.bias)  # (B, D, K//2)
+        return second(hidden).squeeze(2)
+
+    def compose_avg(self, attention: Tensor, maps: Tensor) -> Tensor:
+        """g_avg (B, D) = mean_k h_k = F (mean_k A): the global attention map applied to the feature map."""
+        return (attention.mean(dim=2, keepdim=True).transpose(1, 2) @ maps).squeeze(1)
+
+    def compose_at_runtime(self, attention: Tensor, maps: Tensor) -> Tensor:
+        """The composition used once GEN is trained, unscaled (B, D)."""
+        return {"avg": self.compose_avg, "mlp": self.compose_mlp}[self.compose_runtime](attention, maps)
+
+    @torch.no_grad()
+    def fit_scaler(self, g: Tensor):
+        """Widen the scaler's range of each channel by the features g (n, D); call it over all of trainval."""
+        self.minimum = torch.minimum(self.minimum, g.amin(dim=0))
+        self.maximum = torch.maximum(self.maximum, g.amax(dim=0))
+
+    def scale(self, g: Tensor) -> Tensor:
+        """g scaled to [0, 1] on trainval; features of other images may fall outside and are not clipped."""
+        extent = self.maximum - self.minimum
+        return (g - self.minimum) / torch.where(extent == 0, 1.0, extent)
+
+
+class SCENOutput(NamedTuple):
+    """What SCEN says of a batch. attention (B, R, K), scores (B, K), local_logits (B, C)."""
+    attention: Tensor
+    scores: Tensor
+    local_logits: Tensor
+
+
+class SCEN(nn.Module):
+    """LEN and GEN together. Args: w2v (K, d_v), att (C, K) class attributes, channels D, compose_runtime avg or mlp."""
+
+    def __init__(self, w2v: Tensor, att: Tensor, channels: int, compose_runtime: str = "avg"):
+        super().__init__()
+        self.len = LEN(w2v, channels)
+        self.gen = GEN(len(w2v), channels, len(att), compose_runtime)
+        self.register_buffer("Z", F.normalize(att, dim=1))
+
+    def forward(self, maps: Tensor) -> SCENOutput:
+        """maps (B, R, D) L2-normalised -> attention, attribute scores and local class logits S = s Z^T."""
+        attention, scores = self.len(maps)
+        return SCENOutput(attention, scores, scores @ self.Z.T)
+
+    def losses(self, maps: Tensor, labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """(L_LEN, L_GEN): cross entropy over the seen columns, locally and globally. labels (B,), seen (Cs,) ascending."""
+        output = self(maps)
+        global_logits = self.gen.global_cls(self.gen.compose_mlp(output.attention, maps))
+        target = torch.searchsorted(seen, labels)
+        return (F.cross_entropy(output.local_logits[:, seen], target),
+                F.cross_entropy(global_logits[:, seen], target))
+
+    @torch.no_grad()
+    def embed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Unscaled dense-semantic features g (B, D) and local logits S (B, C) of a batch, SCEN being frozen."""
+        output = self(maps)
+        return self.gen.compose_at_runtime(output.attention, maps), output.local_logits
+
+
+def global_classifier(channels: int, hidden: int, classes: int) -> nn.Sequential:
+    """The classifier that stage 2 distils the local logits into: Linear, LeakyReLU(0.01), Linear (section 5)."""
+    return nn.Sequential(nn.Linear(channels, hidden), nn.LeakyReLU(0.01), nn.Linear(hidden, classes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EGGN, the embedding-guided generative network: x (B, D) dense-semantic features, a (B, K) attributes of their classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+SLOPE = 0.2  # of every LeakyReLU in EGGN
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, SLOPE)
+
+
+def init_eggn_weights(module: nn.Module):
+    """Weights N(0, 0.02), biases 0 (section 6); for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """E(x, a) -> mean and log-variance of z, each (B, K)."""
+
+    def __init__(self, channels: int, attributes: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels + attributes, hidden)
+        self.fc3 = nn.Linear(hidden, 2 * attributes)
+        self.linear_means = nn.Linear(2 * attributes, attributes)
+        self.linear_log_var = nn.Linear(2 * attributes, attributes)
+        self.apply(init_eggn_weights)
+
+    def forward(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        h = leaky(self.fc3(leaky(self.fc1(torch.cat([x, a], dim=-1)))))
+        return self.linear_means(h), self.linear_log_var(h)
+
+
+class Generator(nn.Module):
+    """G(z, a) -> features in (0, 1) (B, D); feedback, already weighted by a1 or a2, is added to the hidden layer."""
+
+    def __init__(self, channels: int, attributes: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(2 * attributes, hidden)
+        self.fc3 = nn.Linear(hidden, channels)
+        self.apply(init_eggn_weights)
+
+    def hidden(self, z: Tensor, a: Tensor) -> Tensor:
+        """h1 (B, ngh)."""
+        return leaky(self.fc1(torch.cat([z, a], dim=-1)))
+
+    def output(self, h1: Tensor) -> Tensor:
+        """Features (B, D) from the hidden layer, with or without feedback in it."""
+        return torch.sigmoid(self.fc3(h1))
+
+    def forward(self, z: Tensor, a: Tensor) -> Tensor:
+        return self.output(self.hidden(z, a))
+
+
+class Critic(nn.Module):
+    """D(x, a) -> Wasserstein scores (B,). One hidden layer, which is why its loss needs no double backward."""
+
+    def __init__(self, channels: int, attributes: int, hidden: int):
+        super().__init__()
+        self.channels = channels
+        self.fc1 = nn.Linear(channels + attributes, hidden)
+        self.fc2 = nn.Linear(hidden, 1)
+        self.apply(init_eggn_weights)
+
+    def forward(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.fc2(leaky(self.fc1(torch.cat([x, a], dim=1)))).squeeze(1)
+
+    @torch.no_grad()
+    def loss_gradients(self, x: Tensor, fake: Tensor, a: Tensor, alpha: Tensor,
+                       gammaD: float, lambda1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Set the gradients of gammaD * (mean D(fake) - mean D(x) + lambda1 * penalty), by hand (sections 6 and 10).
+
+        penalty = mean (|grad_xi D(xi, a)| - 1)^2 at xi = alpha x + (1 - alpha) fake, alpha (B, 1). With one hidden
+        layer, grad_xi D = W1x^T u with u = w2 * slope and slope in {0.2, 1} constant almost everywhere; and the hidden
+        layer being affine, xi's pre-activations are the same mixture of those of x and fake: one product forward for
+        both, one for the gradient and one back through it, and a single one for all of x's columns of W1's gradient.
+        The shares of x and fake in what they have in common (a, the biases) nearly cancel and are summed as autograd
+        sums them, each by itself: Adam turns the rounding error of a gradient near zero into a visible step.
+        Returns (mean D(x), mean D(fake), penalty), scalars on the device.
+        """
+        B, W1, w2 = len(x), self.fc1.weight, self.fc2.weight
+        inputs = torch.cat([torch.cat([x, a], dim=1), torch.cat([fake, a], dim=1)])
+        pre = self.fc1(inputs)
+        pre_x, pre_fake = pre.split(B)
+        hidden = leaky(pre)
+        real_score, fake_score = self.fc2(hidden).squeeze(1).split(B)
+
+        slope = activation_slope(alpha * pre_x + (1 - alpha) * pre_fake)
+        u = w2 * slope  # (B, ndh)
+        W1x = W1[:, :self.channels]
+        gradient = u @ W1x  # (B, D): grad_xi D
+        norm = gradient.norm(dim=1, keepdim=True)
+        penalty = ((norm - 1) ** 2).mean()
+        # d penalty / d gradient; 0 where the gradient is 0, as autograd has it for the norm
+        d_gradient = (2 * gammaD / B) * lambda1 * (norm - 1) * gradient / norm.where(norm > 0, 1)
+
+        d_pre = activation_slope(pre) * (w2 * (gammaD / B))
+        d_pre[:B].neg_()
+        d_x, d_fake = d_pre.split(B)
+        d_W1 = torch.empty_like(W1)
+        torch.mm(torch.cat([d_pre, u]).T, torch.cat([x, fake, d_gradient]), out=d_W1[:, :self.channels])
+        d_W1[:, self.channels:] = d_x.T @ a + d_fake.T @ a
+        self.fc1.weight.grad, self.fc1.bias.grad = d_W1, d_x.sum(dim=0) + d_fake.sum(dim=0)
+        d_w2 = (hidden[B:] - hidden[:B]).sum(dim=0) * (gammaD / B) + (d_gradient @ W1x.T * slope).sum(dim=0)
+        self.fc2.weight.grad, self.fc2.bias.grad = d_w2[None], torch.zeros_like(self.fc2.bias)
+        return real_score.mean(), fake_score.mean(), penalty
+
+
+def activation_slope(pre: Tensor) -> Tensor:
+    """The derivative of EGGN's LeakyReLU at `pre`: 1 above zero, else SLOPE."""
+    return torch.where(pre > 0, 1.0, SLOPE)
+
+
+class Decoder(nn.Module):
+    """Dec(x) -> attributes (B, K) of unit length; its hidden layer (B, ngh) feeds the feedback and the classifiers."""
+
+    def __init__(self, channels: int, attributes: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc3 = nn.Linear(hidden, attributes)
+        self.apply(init_eggn_weights)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return leaky(self.fc1(x))
+
+    def output(self, hidden: Tensor) -> Tensor:
+        h = self.fc3(hidden)
+        return h / h.norm(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.hidden(x))
+
+    @torch.no_grad()
+    def classifier_input(self, x: Tensor) -> Tensor:
+        """[x ; Dec(x) ; hidden of Dec(x)] (B, D + K + ngh), what the softmax classifiers see (section 6)."""
+        hidden = self.hidden(x)
+        return torch.cat([x, self.output(hidden), hidden], dim=1)
+
+
+class Feedback(nn.Module):
+    """Fb: the decoder's hidden layer (B, ngh) -> what is added to the generator's (B, ngh)."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.apply(init_eggn_weights)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return leaky(self.fc2(leaky(self.fc1(hidden))))
+
+
+def weighted_l1(predicted: Tensor, target: Tensor) -> Tensor:
+    """WeightedL1 (section 6): sum(d^2 / |d|_row * |d|) / B with d = predicted - target (B, K); 0 at d = 0."""
+    difference = predicted - target
+    squares = difference ** 2
+    norm = squares.sum(dim=1, keepdim=True)
+    norm = norm.where(norm > 0, 1).sqrt()  # a row of zeros adds 0 and gets a zero gradient, not 0/0
+    return (squares / norm * difference.abs()).sum() / len(predicted)
+
+
+def vae_loss(reconstruction: Tensor, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """Binary cross entropy summed over D, plus KL(N(mean, exp(log_var)) || N(0, 1)), averaged over the batch."""
+    bce = F.binary_cross_entropy(reconstruction + 1e-12, x, reduction="sum")
+    kl = -0.5 * (1 + log_var - mean ** 2 - log_var.exp()).sum()
+    return (bce + kl) / len(x)
