@@ -1,0 +1,210 @@
+"""Images to HDF5: what is in the file, and what a user's mistakes are told."""
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torchvision import models
+
+import preprocessing
+import toy
+from backbones import build_backbone, image_transform
+from dataset import open_features
+from util import UserError
+
+OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "--num_workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def toy_root(tmp_path_factory):
+    """A small TOY dataset: 7 classes of 5 images."""
+    root = tmp_path_factory.mktemp("toy")
+    toy.render(root, classes=7, unseen=2, images_per_class=5)
+    return root
+
+
+@pytest.fixture
+def own_toy(toy_root, tmp_path):
+    """A copy of it that a test may damage."""
+    shutil.copytree(toy_root, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def run(root, output, *more):
+    preprocessing.main([*OFFLINE, "--data_root", str(root), "--output", str(output), *more])
+    return output
+
+
+@pytest.fixture(scope="module")
+def plain(toy_root):
+    return run(toy_root, toy_root / "plain.hdf5")
+
+
+def test_the_file_is_complete_and_says_where_it_comes_from(toy_root, plain):
+    with h5py.File(plain) as file:
+        assert file["feature_map"].shape == (35, 1280, 2, 2) and file["feature_map"].dtype == np.float32
+        assert file["feature_map"].chunks == (1, 1280, 2, 2) and file["feature_map"].compression is None
+        assert file["att"].shape == file["original_att"].shape == (7, 60) and file["w2v_att"].shape == (60, 300)
+        assert sorted(np.concatenate([file[key][()] for key in ("trainval_loc", "test_seen_loc", "test_unseen_loc")])) == list(range(35))
+        assert {"train_loc", "val_loc", "allclasses_names", "attribute_names", "image_files"} <= set(file)
+        attributes = dict(file.attrs)
+    assert (attributes["backbone"], attributes["img_size"], attributes["w2v"]) == ("efficientnet_lite2", 64, "gaussian")
+    assert len(attributes["weights_sha256"]) == 64 and "torch" in json.loads(attributes["versions"])
+    features = open_features(plain, "efficientnet_lite2", 64)
+    assert attributes["split_fingerprint"] == features.split.fingerprint
+    assert features.attribute_names == toy.ATTRIBUTES
+
+
+def test_maps_are_the_backbones_in_the_order_of_the_mat_file(toy_root, plain):
+    backbone, _ = build_backbone("efficientnet_lite2", None, 64)
+    with h5py.File(plain) as file:
+        for index in (0, 17, 34):
+            path = toy_root / "TOY" / file["image_files"][index].decode()
+            assert path.parent.name == file["allclasses_names"][file["labels"][index]].decode()
+            expected = backbone(image_transform(64)(Image.open(path).convert("RGB"))[None])[0]
+            np.testing.assert_allclose(file["feature_map"][index], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compression_batch_size_and_workers_change_no_number(toy_root, plain, tmp_path):
+    with h5py.File(plain) as file:
+        expected = file["feature_map"][()]
+    with h5py.File(run(toy_root, tmp_path / "c.hdf5", "--compression")) as file:
+        assert file["feature_map"].compression == "gzip"
+        np.testing.assert_array_equal(file["feature_map"][()], expected)
+    assert (tmp_path / "c.hdf5").stat().st_size < plain.stat().st_size
+    with h5py.File(run(toy_root, tmp_path / "b.hdf5", "-b", "3", "-n", "2")) as file:
+        np.testing.assert_allclose(file["feature_map"][()], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_colour_mode_becomes_rgb(own_toy, tmp_path):
+    for path, mode in zip(sorted(own_toy.glob("TOY/images/*/*.jpg")), ("L", "CMYK", "P", "RGBA", "1")):
+        image = Image.open(path).convert(mode)
+        image.save(path, format="JPEG" if mode in ("L", "CMYK") else "PNG")
+    run(own_toy, tmp_path / "modes.hdf5")
+
+
+@pytest.mark.parametrize("name, channels", [("resnet18", 512), ("vgg11", 512), ("densenet121", 1024), ("mobilenet_v3_small", 576),
+                                            ("convnext_tiny", 768)])
+def test_last_map_of_torchvision_networks(name, channels, tmp_path):
+    torch.manual_seed(0)
+    network = models.get_model(name, weights=None).eval()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    backbone, provenance = build_backbone(name, tmp_path / "w.pth", 64)
+    out = backbone(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, channels, 2, 2) and not any(p.requires_grad for p in backbone.parameters())
+    assert provenance["weights"] == "w.pth"
+
+
+def test_resnet_map_is_what_its_pool_sees(tmp_path):
+    network = models.resnet18(weights=None).eval()
+    torch.save({"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "w.pth")
+    seen = []
+    network.avgpool.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    images = torch.randn(1, 3, 96, 96)
+    network(images)
+    torch.testing.assert_close(build_backbone("resnet18", tmp_path / "w.pth", 96)[0](images), seen[0])
+
+
+@pytest.mark.parametrize("name, message", [("resnet102", "neither efficientnet_lite2 nor"), ("vit_b_16", "no .*map|image size"),
+                                           ("swin_t", "last feature map|not a convolutional")])
+def test_unusable_backbones(name, message, tmp_path):
+    torch.save({}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message):
+        build_backbone(name, tmp_path / "w.pth", 64)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch it_ran",)
+
+
+def test_unusable_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save(models.resnet18(weights=None).state_dict(), tmp_path / "r18.pth")
+    with open(tmp_path / "evil.pth", "wb") as file:
+        pickle.dump(Hostile(), file)
+    torch.save(Hostile(), tmp_path / "evil2.pth")
+    for weights, message in (("none.pth", "no such file"), ("text.pth", "cannot? ?be loaded|can be loaded safely"),
+                             ("evil.pth", "can be loaded safely"), ("evil2.pth", "can be loaded safely"),
+                             ("r18.pth", "do not fit the backbone")):
+        with pytest.raises(UserError, match=message):
+            build_backbone("resnet50", tmp_path / weights, 64)
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    with pytest.raises(UserError, match="could not be downloaded .*--weights FILE, or use --backbone efficientnet_lite2"):
+        build_backbone("resnet101", None, 64)
+
+
+def test_missing_things_say_what_goes_where(own_toy, tmp_path):
+    images = sorted(own_toy.glob("TOY/images/*/*.jpg"))
+    for path in images[:4]:
+        path.unlink()
+    with pytest.raises(UserError, match="4 of 35 images are missing .*the first are images/"):
+        run(own_toy, tmp_path / "x.hdf5")
+    (own_toy / "xlsa17/data/TOY/res101.mat").unlink()
+    with pytest.raises(UserError, match="res101.mat is missing: unpack xlsa17.zip"):
+        run(own_toy, tmp_path / "x.hdf5")
+    shutil.rmtree(own_toy / "xlsa17")
+    with pytest.raises(UserError, match="put res101.mat and att_splits.mat of xlsa17 there"):
+        run(own_toy, tmp_path / "x.hdf5")
+    shutil.rmtree(own_toy / "TOY")
+    with pytest.raises(UserError, match="put the TOY images there"):
+        run(own_toy, tmp_path / "x.hdf5")
+    with pytest.raises(UserError, match="CUB_200_2011/images is missing"):
+        preprocessing.main(["-d", "CUB", "--data_root", str(own_toy)])
+    assert not list(tmp_path.glob("*.hdf5"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_corrupt_image_is_named_and_nothing_half_written_is_left(own_toy, tmp_path, workers):
+    victim = sorted(own_toy.glob("TOY/images/*/*.jpg"))[20]
+    victim.write_bytes(victim.read_bytes()[:900])
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=f"{victim.name} is not a readable image") as caught:
+        run(own_toy, tmp_path / "out" / "x.hdf5", "-n", workers)
+    assert "\n" not in str(caught.value) and not list((tmp_path / "out").iterdir())
+
+
+def test_damaged_mat_files(own_toy, tmp_path):
+    path = own_toy / "xlsa17/data/TOY/att_splits.mat"
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="att_splits.mat (is not a readable .mat file|lacks)"):
+            run(own_toy, tmp_path / "x.hdf5")
+
+
+def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
+    for argv in (["-d", "CUB", "--data_root", "nowhere"], ["-d", "TOY", "-g", "cuda:77"], ["-d", "TOY", "-g", "quantum"],
+                 ["-d", "TOY", "-b", "0"]):
+        done = subprocess.run([sys.executable, ROOT / "preprocessing.py", *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_killed_in_the_middle_the_final_name_never_appears(toy_root, tmp_path):
+    output = tmp_path / "k.hdf5"
+    process = subprocess.Popen([sys.executable, ROOT / "preprocessing.py", *OFFLINE, "--img_size", "448", "--data_root", toy_root,
+                                "--output", output], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob(".k.hdf5.partial*")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob(".k.hdf5.partial*")) and not output.exists()
