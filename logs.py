@@ -23,14 +23,15 @@ def wandb_mode(flag: str | None) -> str:
         return mode
     if mode:
         raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled")
-    return "online" if wandb.Api.__module__ and logged_in() else "offline"
+    return "online" if logged_in() else "offline"
 
 
 def logged_in() -> bool:
-    """Whether W&B finds an API key without asking for one."""
+    """Whether W&B finds an API key, without asking for one, and takes it."""
     try:
-        return bool(os.environ.get("WANDB_API_KEY") or wandb.setup().settings.api_key or wandb.api.api_key)
-    except Exception:  # whatever W&B raises here, logging must not stop a run
+        return wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        print(f"W&B: {error}")
         return False
 
 

@@ -78,11 +78,11 @@ def test_unusual_but_legal_settings(features, tmp_path, changes):
 
 
 def test_training_learns(tmp_path):
-    """The made-up data carry their attributes linearly: unseen classes must be told apart far above chance (1/3)."""
+    """The made-up data carry their attributes linearly: classes must be told apart far above chance (1/9, unseen 1/3)."""
     path = write_features(tmp_path / "f.hdf5", feature_arrays(per_class=30, K=20, D=48))
-    _, _, summary, _ = run(path, tmp_path / "runs", scen_iterations=200, distill_iterations=300, nepoch=3, ngh=128, ndh=128,
+    _, _, summary, _ = run(path, tmp_path / "runs", scen_iterations=200, distill_iterations=300, nepoch=2, ngh=128, ndh=128,
                            syn_num=100, classifier_epochs=15, batch_size=18)
-    assert summary["local_acc_seen"] > 60 and summary["best_acc_zs"] > 60 and summary["best_H"] > 30
+    assert summary["local_acc_seen"] > 60 and summary["global_acc_seen"] > 60 and summary["best_acc_zs"] > 50
 
 
 def test_offline_wandb_run(features, tmp_path, monkeypatch):
