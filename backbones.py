@@ -12,13 +12,19 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from util import UserError
 
 OFFLINE = "efficientnet_lite2"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# mean and standard deviation of the pixels the weights were trained on
+IMAGENET = "ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EFFICIENTNET_LITE = "EfficientNet-Lite", (127 / 255,) * 3, (128 / 255,) * 3
 
 
-def image_transform(img_size: int) -> transforms.Compose:
-    """Shorter side to img_size, centre crop, to [0, 1], ImageNet mean and std: PIL RGB -> (3, img_size, img_size)."""
-    return transforms.Compose([transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.ToTensor(),
-                               transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+def image_transform(backbone: str, img_size: int) -> tuple[transforms.Compose, str]:
+    """PIL RGB -> (3, img_size, img_size): shorter side to img_size, centre crop, to [0, 1], the backbone's mean and std.
+
+    Returns the transform and its description.
+    """
+    name, mean, std = EFFICIENTNET_LITE if backbone == OFFLINE else IMAGENET
+    steps = [transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
+    return transforms.Compose(steps), f"Resize({img_size}) CenterCrop({img_size}) ToTensor Normalize({name})"
 
 
 class LastMap(nn.Module):
@@ -64,6 +70,8 @@ def build_backbone(name: str, weights: Path | None, img_size: int) -> tuple[nn.M
             raise UserError(f"--backbone {name}: neither {OFFLINE} nor a torchvision classification network "
                             "(python -c 'import torchvision; print(torchvision.models.list_models())' lists those)")
         inner = models.get_model(name, weights=None)
+        if hasattr(inner, "transform_input"):  # GoogLeNet and Inception: their weights want it, torchvision sets it with them
+            inner.transform_input = True
         state, source = read_state(weights) if weights else download_state(name)
         network = LastMap(inner.eval(), last_map_node(name, inner, img_size))
     load_weights(inner, network, state, source)
@@ -72,16 +80,21 @@ def build_backbone(name: str, weights: Path | None, img_size: int) -> tuple[nn.M
 
 
 def last_map_node(name: str, network: nn.Module, img_size: int) -> str:
-    """The name of the last node, in order of execution, whose output is a map (B, D, h, w) that no pooling made."""
+    """The name of the last node, in order of execution, whose output is a map (B, D, h, w) that no pooling or classifier made."""
+    modules = dict(network.named_modules())
+    pooled = lambda node: "pool" in node or "Pool" in type(modules.get(node)).__name__
     try:
-        nodes = [node for node in get_graph_node_names(network)[1] if "pool" not in node]
+        nodes = [node for node in get_graph_node_names(network)[1]
+                 if not pooled(node) and node.split(".")[0] not in ("classifier", "head", "heads", "fc")]
         with torch.inference_mode():
             outputs = create_feature_extractor(network, nodes).eval()(torch.zeros(1, 3, img_size, img_size))
     except Exception as error:  # networks that cannot be traced, or do not take this image size
         raise UserError(f"--backbone {name}: has no convolutional map at image size {img_size} ({error})") from None
-    maps = [node for node, out in outputs.items() if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] > 1]
+    maps = [node for node, out in outputs.items() if isinstance(out, torch.Tensor) and out.ndim == 4]
     if not maps or outputs[maps[-1]].shape[2] != outputs[maps[-1]].shape[3]:
         raise UserError(f"--backbone {name}: not a convolutional network, it has no last feature map")
+    if outputs[maps[-1]].shape[2] == 1:
+        raise UserError(f"--backbone {name}: at --img_size {img_size} its last map has a single position: use larger images")
     return maps[-1]
 
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ def test_maps_are_the_backbones_in_the_order_of_the_mat_file(toy_root, plain):
         for index in (0, 17, 34):
             path = toy_root / "TOY" / file["image_files"][index].decode()
             assert path.parent.name == file["allclasses_names"][file["labels"][index]].decode()
-            expected = backbone(image_transform(64)(Image.open(path).convert("RGB"))[None])[0]
+            expected = backbone(image_transform("efficientnet_lite2", 64)[0](Image.open(path).convert("RGB"))[None])[0]
             np.testing.assert_allclose(file["feature_map"][index], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -93,15 +94,16 @@ def test_every_colour_mode_becomes_rgb(own_toy, tmp_path):
     run(own_toy, tmp_path / "modes.hdf5")
 
 
-@pytest.mark.parametrize("name, channels", [("resnet18", 512), ("vgg11", 512), ("densenet121", 1024), ("mobilenet_v3_small", 576),
-                                            ("convnext_tiny", 768)])
-def test_last_map_of_torchvision_networks(name, channels, tmp_path):
+@pytest.mark.parametrize("name, channels, side", [
+    ("resnet18", 512, 2), ("vgg11", 512, 4), ("densenet121", 1024, 2), ("mobilenet_v3_small", 576, 2), ("convnext_tiny", 768, 2),
+    ("squeezenet1_1", 512, 3)])
+def test_last_map_of_torchvision_networks(name, channels, side, tmp_path):
     torch.manual_seed(0)
     network = models.get_model(name, weights=None).eval()
     torch.save(network.state_dict(), tmp_path / "w.pth")
     backbone, provenance = build_backbone(name, tmp_path / "w.pth", 64)
     out = backbone(torch.randn(2, 3, 64, 64))
-    assert out.shape == (2, channels, 2, 2) and not any(p.requires_grad for p in backbone.parameters())
+    assert out.shape == (2, channels, side, side) and not any(p.requires_grad for p in backbone.parameters())
     assert provenance["weights"] == "w.pth"
 
 
@@ -120,6 +122,12 @@ def test_unusable_backbones(name, message, tmp_path):
     torch.save({}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=message):
         build_backbone(name, tmp_path / "w.pth", 64)
+
+
+def test_an_image_too_small_for_a_map_is_refused(tmp_path):
+    torch.save({}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="at --img_size 32 its last map has a single position"):
+        build_backbone("resnet18", tmp_path / "w.pth", 32)
 
 
 class Hostile:
@@ -197,13 +205,64 @@ def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_killed_in_the_middle_the_final_name_never_appears(toy_root, tmp_path):
-    output = tmp_path / "k.hdf5"
-    process = subprocess.Popen([sys.executable, ROOT / "preprocessing.py", *OFFLINE, "--img_size", "448", "--data_root", toy_root,
-                                "--output", output], stdout=subprocess.DEVNULL)
+def start(folder, root, *more, part=4, environment=()):
+    """preprocessing.py in a process of its own, with small parts."""
+    program = f"import writer, preprocessing, util; writer.PART = {part}; util.exit_on_user_error(preprocessing.main)"
+    return subprocess.Popen([sys.executable, "-c", program, *OFFLINE, "--data_root", root, "--output", folder / "maps.hdf5", *more],
+                            env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment), stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("compression", [[], ["-c"]])
+def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path, compression):
+    folders = tmp_path / "whole", tmp_path / "killed"
+    assert start(folders[0], toy_root, *compression).wait() == 0
+    process = start(folders[1], toy_root, *compression)
     deadline = time.time() + 60
-    while not list(tmp_path.glob(".k.hdf5.partial*")) and time.time() < deadline:
-        time.sleep(0.02)
+    while len(list(folders[1].glob("*.parts-*/0*.hdf5"))) < 3 and time.time() < deadline:
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob(".k.hdf5.partial*")) and not output.exists()
+    assert not (folders[1] / "maps.hdf5").exists()
+    kept = {path: path.stat().st_mtime_ns for path in folders[1].glob("*.parts-*/0*.hdf5")}
+    assert len(kept) >= 3
+    process = start(folders[1], toy_root, *compression)
+    output, _ = process.communicate()
+    assert process.returncode == 0 and f"{4 * len(kept)} of 35 images are done already" in output
+    assert [path.name for path in folders[1].iterdir()] == ["maps.hdf5"]
+    assert (folders[0] / "maps.hdf5").read_bytes() == (folders[1] / "maps.hdf5").read_bytes()
+
+
+def test_ranks_share_the_work_and_the_file_is_the_same(toy_root, tmp_path):
+    assert start(tmp_path / "one", toy_root, "-c").wait() == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [start(tmp_path / "three", toy_root, "-c", environment={
+        "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(3)]
+    outputs = [process.communicate()[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0, 0]
+    assert all("another rank's" in output for output in outputs) and sum("wrote" in output for output in outputs) == 1
+    assert (tmp_path / "one" / "maps.hdf5").read_bytes() == (tmp_path / "three" / "maps.hdf5").read_bytes()
+
+
+def test_a_replaced_image_costs_its_part_alone(own_toy, tmp_path, monkeypatch):
+    monkeypatch.setattr("writer.PART", 4)
+    victim = sorted(own_toy.glob("TOY/images/*/*.jpg"))[20]
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:900])
+    with pytest.raises(UserError, match="not a readable image"):
+        run(own_toy, tmp_path / "x.hdf5")
+    parts = list(tmp_path.glob("x.hdf5.parts-*/*.hdf5"))
+    assert parts
+    victim.write_bytes(whole)
+    assert run(own_toy, tmp_path / "x.hdf5").exists() and not list(tmp_path.glob("*.parts-*"))
+
+
+def test_lzf_and_bfloat16(toy_root, plain, tmp_path):
+    with h5py.File(plain) as file, h5py.File(run(toy_root, tmp_path / "lzf.hdf5", "-c", "lzf")) as lzf, \
+            h5py.File(run(toy_root, tmp_path / "bf16.hdf5", "--precision", "bfloat16")) as bf16:
+        expected = file["feature_map"][()]
+        assert lzf["feature_map"].compression == "lzf" and bf16.attrs["precision"] == "bfloat16"
+        np.testing.assert_array_equal(lzf["feature_map"][()], expected)
+        half = bf16["feature_map"][()]
+    assert half.dtype == np.float32 and 0 < np.abs(half - expected).mean() < 0.1 * np.abs(expected).mean()
