@@ -4,6 +4,9 @@ A feature map leaves here as SCEN reads it: (R, D), positions first, L2-normalis
 when it is read, not in every step.
 """
 import dataclasses
+import hashlib
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from util import UserError
+from util import UserError, atomic_path
 from xlsa17 import Split, check_split
 
 REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
@@ -43,7 +46,7 @@ class Features:
             with h5py.File(self.path, "r") as file:
                 for row, index in enumerate(indices):
                     file["feature_map"].read_direct(maps[row].numpy(), np.s_[int(index)])
-        except OSError as error:
+        except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
         if not torch.isfinite(maps).all():
             bad = (~torch.isfinite(maps).flatten(1).all(dim=1)).nonzero()[0].item()
@@ -64,7 +67,7 @@ def open_features(path: Path, backbone: str | None = None, img_size: int | None 
     try:
         with h5py.File(path, "r") as file:
             return check_features(path, file, backbone, img_size)
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError) as error:  # h5py raises all three over damaged bytes
         raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
 
 
@@ -103,8 +106,11 @@ def check_features(path: Path, file: h5py.File, backbone: str | None, img_size: 
                         f"attributes (att {att.shape})")
     if not np.isfinite(w2v).all():
         raise UserError(f"{path}: w2v_att holds NaN or infinity")
-    optional = {name: indices(f"{name}_loc") if f"{name}_loc" in file else None for name in ("train", "val")}
-    split = check_split(Split(labels, indices("trainval_loc"), indices("test_seen_loc"), indices("test_unseen_loc"),
+    trainval = indices("trainval_loc")
+    # other writers keep xlsa17's train_loc and val_loc, which reach into test_seen (section 2)
+    optional = {name: np.intersect1d(indices(f"{name}_loc"), trainval) if f"{name}_loc" in file else None
+                for name in ("train", "val")}
+    split = check_split(Split(labels, trainval, indices("test_seen_loc"), indices("test_unseen_loc"),
                               att, table("original_att"), **optional), path)
     if provenance.get("split_fingerprint", split.fingerprint) != split.fingerprint:
         raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
@@ -142,31 +148,117 @@ class BalancedSampler:
         return self.order[self.first[classes] + within].flatten(1)
 
 
-class FeatureMaps:
-    """The normalised maps of some images, in memory on the device, in RAM, or read from the file batch by batch.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where feature maps are kept for training: name device, ram, disk or none; dtype of a copy on the device."""
+    name: str
+    dtype: torch.dtype = torch.float32
 
-    features: the file; indices (n,): its images, in the order that positions count; where: device, ram or none.
+    def __str__(self):
+        return {"device": f"on the device as {str(self.dtype).removeprefix('torch.')}", "ram": "in RAM",
+                "disk": "in a cache beside the feature file", "none": "in the feature file, read batch by batch"}[self.name]
+
+
+def choose_place(size: int, device: torch.device, folder: Path, cache: str = "auto") -> Place:
+    """Where `size` bytes of float32 maps go. cache: auto, or a place's name.
+
+    auto takes the first that holds: the device if half its free memory is enough (as float16 if float32 is too much), RAM if
+    half of what is free is enough, a flat file in `folder` if the disk has room for it, else nowhere.
+    Raises UserError for a place asked for by name that does not hold the maps.
+    """
+    on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
+    on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
+    kept = Place("device", torch.float32 if size < on_device else torch.float16)
+    fits = {"device": size * kept.dtype.itemsize / 4 < on_device, "ram": size < 0.5 * available_ram(), "disk": size < on_disk,
+            "none": True}
+    if cache in ("device", "disk") and not fits[cache]:
+        room = on_device if cache == "device" else on_disk
+        raise UserError(f"--cache {cache}: {size / 1e9:.2f} GB of feature maps do not fit into the {room / 1e9:.2f} GB there ({device}, "
+                        f"{folder}): make room, or leave the flag out")
+    name = next(name for name in fits if fits[name]) if cache == "auto" else cache
+    return kept if name == "device" else Place(name)
+
+
+def available_ram() -> int:
+    """Bytes of RAM that can be taken without swapping; 0 where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
+
+
+class FlatCache:
+    """Normalised maps (n, R, D) of some images as one flat float32 file beside the feature file, read by offset.
+
+    Plain reads and not a memory map: the pages stay the system's, they do not count as this process's memory.
+    The file's name carries what it was made from, so that a changed feature file or split gets a new one.
     """
 
-    def __init__(self, features: Features, indices: np.ndarray, device: torch.device, where: str, progress):
-        self.features, self.indices, self.device = features, indices, device
+    def __init__(self, features: Features, indices: np.ndarray, progress):
         D, h, w = features.shape
-        self.store = None
-        if where != "none":
-            self.store = torch.empty(len(indices), h * w, D, device=device if where == "device" else "cpu")
-            for start in range(0, len(indices), READ_AT_ONCE):
-                piece = features.read(indices[start:start + READ_AT_ONCE])
-                self.store[start:start + len(piece)] = piece
-                progress(len(piece))
+        self.shape = (h * w, D)
+        self.image_bytes = 4 * D * h * w
+        stat = features.path.stat()
+        made_from = repr((stat.st_size, stat.st_mtime_ns, features.split.fingerprint)).encode() + indices.tobytes()
+        self.path = features.path.with_name(f"{features.path.name}.{hashlib.sha256(made_from).hexdigest()[:12]}.cache")
+        if not self.path.is_file() or self.path.stat().st_size != len(indices) * self.image_bytes:
+            with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
+                for maps in read_pieces(features, indices):
+                    file.write(maps.numpy().data)
+                    progress(len(maps))
+        self.file = open(self.path, "rb", buffering=0)
+        self.readers = ThreadPoolExecutor(max_workers=4)
+
+    def take(self, positions: Tensor) -> Tensor:
+        """Maps (B, R, D), read by several threads."""
+        maps = torch.empty(len(positions), *self.shape)
+        read = lambda row, position: os.preadv(self.file.fileno(), [maps[row].numpy().data.cast("B")], position * self.image_bytes)
+        if any(count != self.image_bytes for count in self.readers.map(read, range(len(maps)), positions.tolist())):
+            raise UserError(f"{self.path} could not be read in full: delete it and run again")
+        return maps
+
+
+def read_pieces(features: Features, indices: np.ndarray):
+    """Normalised maps (n, R, D) of the images `indices`, a few at a time."""
+    for start in range(0, len(indices), READ_AT_ONCE):
+        yield features.read(indices[start:start + READ_AT_ONCE])
+
+
+class FeatureMaps:
+    """The normalised maps of some images, kept at a place and handed out in batches on the device.
+
+    features: the file; indices (n,): its images, in the order that positions count; progress(n) is told of images read.
+    """
+
+    def __init__(self, features: Features, indices: np.ndarray, device: torch.device, place: Place = Place("none"),
+                 progress=lambda images: None):
+        self.features, self.indices, self.device, self.place = features, indices, device, place
+        if place.name == "disk":
+            self.cache = FlatCache(features, indices, progress)
+        elif place.name in ("device", "ram"):
+            D, h, w = features.shape
+            self.store = torch.empty(len(indices), h * w, D, dtype=place.dtype, device=device if place.name == "device" else "cpu")
+            row = 0
+            for maps in read_pieces(features, indices):
+                self.store[row:row + len(maps)] = maps
+                row += len(maps)
+                progress(len(maps))
 
     def __len__(self):
         return len(self.indices)
 
     def take(self, positions: Tensor) -> Tensor:
-        """Maps (B, R, D) of `positions` (B,), on the host unless the store is on the device."""
-        if self.store is None:
-            return self.features.read(self.indices[positions.numpy()])
-        return self.store.index_select(0, positions.to(self.store.device))
+        """Maps (B, R, D) of `positions` (B,): on the device if they are kept there, else in host memory it can fetch from."""
+        if self.place.name == "device":
+            return self.store[positions.to(self.device)].float()
+        if self.place.name == "ram":
+            maps = self.store[positions]
+        elif self.place.name == "disk":
+            maps = self.cache.take(positions)
+        else:
+            maps = self.features.read(self.indices[positions.numpy()])
+        return maps.pin_memory() if self.device.type == "cuda" else maps
 
     def stream(self, table) -> "Iterator[tuple[Tensor, Tensor]]":
         """Yield (positions, maps) on the device for each row of positions; the next row is fetched meanwhile."""
@@ -177,7 +269,7 @@ class FeatureMaps:
                 maps = ahead.result()
                 if row + 1 < len(table):
                     ahead = reader.submit(self.take, table[row + 1])
-                yield positions.to(self.device), maps.to(self.device)
+                yield positions.to(self.device, non_blocking=True), maps.to(self.device, non_blocking=True)
 
     def batches(self, sampler: BalancedSampler, count: int):
         """`count` class-balanced batches (positions (B,), maps (B, R, D)) on the device."""
@@ -187,19 +279,3 @@ class FeatureMaps:
         """All maps, in order, in batches on the device."""
         for _, maps in self.stream(torch.arange(len(self)).split(READ_AT_ONCE)):
             yield maps
-
-
-def choose_place(size: int, device: torch.device) -> str:
-    """Where `size` bytes of maps go: device if CUDA has room for them twice over, ram if half the free RAM holds them, else none."""
-    if device.type == "cuda" and size < torch.cuda.mem_get_info(device)[0] * 0.5:
-        return "device"
-    return "ram" if size < available_ram() * 0.5 else "none"
-
-
-def available_ram() -> int:
-    """Bytes of RAM that can be taken without swapping; 0 where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 0

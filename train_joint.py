@@ -3,8 +3,8 @@
     python train_joint.py                  the embedded TOY dataset
     python train_joint_CUB.py --seed 1     a dataset of the paper; any key of its config is a flag
 """
-import argparse
 import contextlib
+import math
 import time
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import torch
 from tqdm import tqdm
 
 from config import Config, parse_flags, read_config
-from dataset import BalancedSampler, FeatureMaps, Features, choose_place, open_features
+from dataset import BalancedSampler, FeatureMaps, Features, Place, choose_place, open_features
 from eggn import EGGN, train_epoch
 from evaluation import Metrics, evaluate, logits_metrics
 from logs import Run, git_commit, wandb_mode
 from model import SCEN
 from scen import distill, embed_splits, fit_scen
-from util import UserError, exit_on_user_error, keep_freed_memory, peak_memory_gb, pick_device, seed_everything
+from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, peak_memory_gb, pick_device, seed_everything
 from xlsa17 import LAYOUTS, feature_file, read_split
 
 CONFIGS = Path(__file__).resolve().parent / "wandb_config"
@@ -43,17 +43,20 @@ def bar(total: int, what: str, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
 
 
-def load_maps(features: Features, device: torch.device) -> dict[str, FeatureMaps]:
-    """The feature maps of each split: trainval resident if it fits (stage 1 draws from it), the others streamed once."""
-    D, h, w = features.shape
+def place_of_maps(features: Features, device: torch.device, cache: str) -> Place:
+    """Where trainval's feature maps are to be kept, printed."""
+    size = len(features.split.trainval) * math.prod(features.shape) * 4
+    place = choose_place(size, device, features.path.parent, cache)
+    print(f"feature maps of trainval, {size / 1e9:.2f} GB: kept {place}")
+    return place
+
+
+def load_maps(features: Features, device: torch.device, place: Place) -> dict[str, FeatureMaps]:
+    """The feature maps of each split: trainval at `place` (stage 1 draws from it), the others streamed once."""
     indices = {name: getattr(features.split, name) for name in SPLITS}
-    size = len(indices["trainval"]) * D * h * w * 4
-    place = choose_place(size, device)
-    print(f"feature maps of trainval: {size / 1e9:.2f} GB, kept "
-          + {"device": f"on {device}", "ram": "in RAM", "none": f"in {features.path}, read batch by batch"}[place])
     with bar(len(indices["trainval"]), "reading feature maps", "image") as progress:
         maps = {"trainval": FeatureMaps(features, indices["trainval"], device, place, progress.update)}
-    return maps | {name: FeatureMaps(features, indices[name], device, "none", None) for name in SPLITS[1:]}
+    return maps | {name: FeatureMaps(features, indices[name], device) for name in SPLITS[1:]}
 
 
 class Best:
@@ -86,12 +89,13 @@ def present(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def train(dataset: str, features: Features, config: Config, device: torch.device, run: Run) -> tuple[str, dict]:
+def train(dataset: str, features: Features, config: Config, device: torch.device, place: Place, run: Run) -> tuple[str, dict]:
     """The whole procedure. Returns the result table as text and the summary."""
     seed_everything(config.seed)
+    torch.set_float32_matmul_precision(config.matmul_precision)
     clock, split = Stopwatch(), features.split
     with clock.stage("read"):
-        maps = load_maps(features, device)
+        maps = load_maps(features, device, place)
     labels = {name: torch.from_numpy(split.labels[getattr(split, name)]).to(device) for name in SPLITS}
     seen, unseen, att = (torch.from_numpy(array).to(device) for array in (split.seen, split.unseen, split.att))
     sampler = BalancedSampler(labels["trainval"].cpu(), config.batch_size)
@@ -184,19 +188,24 @@ class ResultTable:
 def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
     """Raises UserError if data_root has an xlsa17 split and the features were made with another one."""
     if (data_root / "xlsa17" / "data" / dataset / "att_splits.mat").is_file():
-        split, _ = read_split(data_root, dataset, features.split.labels)
-        if split.fingerprint != features.split.fingerprint:
+        try:
+            fingerprint = read_split(data_root, dataset, features.split.labels)[0].fingerprint
+        except UserError:  # labels of one dataset, locations of another
+            fingerprint = "of other images"
+        if fingerprint != features.split.fingerprint:
             raise UserError(f"{features.path} was made with split {features.split.fingerprint}, but {data_root} holds "
-                            f"split {split.fingerprint}: run preprocessing.py again, or name the right --data_root")
+                            f"split {fingerprint}: run preprocessing.py again, or name the right --data_root")
 
 
 def main(dataset: str, config_name: str, argv=None):
     """Parse flags, check everything that can be checked, train, print the table."""
-    parser = argparse.ArgumentParser(description=f"Train SC-EGG on {dataset}.", allow_abbrev=False)
+    parser = FlagParser(f"Train SC-EGG on {dataset}.")
     parser.add_argument("--config", type=Path, default=CONFIGS / config_name, help="W&B YAML file")
     parser.add_argument("--features", type=Path, default=None, help="HDF5 feature file (default: where preprocessing.py puts it)")
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="its xlsa17 split, if there, must be the features' own")
     parser.add_argument("--device", default=None, help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
+    parser.add_argument("--cache", choices=("auto", "device", "ram", "disk", "none"), default="auto",
+                        help="where trainval's feature maps are kept (default: the fastest place that holds them)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     parser.add_argument("--wandb", choices=("online", "offline", "disabled"), default=None,
                         help="default: WANDB_MODE, else online if logged in and offline if not")
@@ -207,10 +216,11 @@ def main(dataset: str, config_name: str, argv=None):
     features = open_features(options.features or feature_file(dataset, config.backbone), config.backbone, config.img_size)
     check_against_xlsa17(options.data_root, dataset, features)
     print(features.split.describe(dataset))
+    place = place_of_maps(features, device, options.cache)
     run = Run(dataset, config, wandb_mode(options.wandb), options.runs)
     print(f"run {run.folder} on {device}")
     try:
-        table, summary = train(dataset, features, config, device, run)
+        table, summary = train(dataset, features, config, device, place, run)
         run.finish(summary)
     except BaseException:
         run.close(exit_code=1)

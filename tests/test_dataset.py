@@ -1,16 +1,18 @@
 """Readers: the official splits, what a damaged or foreign file is told, and class-balanced batches."""
 import dataclasses
+import shutil
 
 import h5py
 import numpy as np
 import pytest
 import scipy.io
+import scipy.sparse
 import torch
 from conftest import feature_arrays, write_features
 
-from dataset import BalancedSampler, FeatureMaps, normalize_positions, open_features
+from dataset import BalancedSampler, FeatureMaps, Place, choose_place, normalize_positions, open_features
 from util import UserError
-from xlsa17 import LAYOUTS, check_split, image_tail, read_dataset, read_split
+from xlsa17 import LAYOUTS, check_split, class_table, image_tail, read_dataset, read_split
 
 
 @pytest.mark.parametrize("folder, dataset, overlap", [("CUB", "CUB", True), ("SUN", "SUN", True), ("AWA2", "AWA2", True),
@@ -26,6 +28,8 @@ def test_official_splits(real_data, tmp_path, folder, dataset, overlap):
     assert tails == [path.replace("//", "/") for path in images_of(real_data, dataset)]
     split, class_names = read_split(tmp_path, dataset, labels)
     assert split.facts() == LAYOUTS[dataset].published and split.is_published(dataset)
+    # the two releases of AWA2 share their test images, and so the fingerprint
+    assert split.fingerprint == LAYOUTS[dataset].release and "the common release" in split.describe(dataset)
     assert [name.replace("/", "_") for name in class_names] == [name.replace("/", "_") for name in names]
     raw = scipy.io.loadmat(source)
     reaches_out = np.intersect1d(raw["train_loc"], raw["test_seen_loc"]).size > 0
@@ -170,10 +174,10 @@ def test_every_image_is_drawn():
     assert (counts[:5] / 1000 - 1).abs().max() < 0.2 and (counts[5:55] / 100 - 1).abs().max() < 0.5 and counts[55] == 5000
 
 
-@pytest.mark.parametrize("where", ["ram", "none", "device"])
+@pytest.mark.parametrize("where", ["ram", "none", "device", "disk"])
 def test_maps_are_the_files(features, where):
     data = open_features(features)
-    maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), where, lambda count: None)
+    maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Place(where), lambda count: None)
     with h5py.File(features) as file:
         expected = normalize_positions(torch.from_numpy(file["feature_map"][()][data.split.trainval]))
     torch.testing.assert_close(torch.cat(list(maps.in_order())), expected, rtol=0, atol=0)
@@ -182,3 +186,60 @@ def test_maps_are_the_files(features, where):
     assert len(batches) == 7
     for positions, batch in batches:
         torch.testing.assert_close(batch, expected[positions], rtol=0, atol=0)
+
+
+def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
+    """RAM if half of what is free holds the maps, else the disk if they fit, else nowhere; a place asked for must hold them."""
+    cpu, free = torch.device("cpu"), shutil.disk_usage(tmp_path).free
+    monkeypatch.setattr("dataset.available_ram", lambda: 1000)
+    assert choose_place(400, cpu, tmp_path) == Place("ram") and choose_place(600, cpu, tmp_path) == Place("disk")
+    assert choose_place(2 * free, cpu, tmp_path) == Place("none") == choose_place(1, cpu, tmp_path, "none")
+    assert choose_place(600, cpu, tmp_path, "ram") == Place("ram")
+    for cache, size in (("disk", 2 * free), ("device", 1)):
+        with pytest.raises(UserError, match=f"--cache {cache}: .* do not fit"):
+            choose_place(size, cpu, tmp_path, cache)
+
+
+def test_the_disk_cache_is_made_once_and_again_for_a_changed_file(features):
+    def take():
+        data, read = open_features(features), []
+        maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Place("disk"), read.append)
+        return sum(read), torch.cat(list(maps.in_order()))
+
+    (images, first), (again, second) = take(), take()
+    assert images == len(first) and again == 0 and torch.equal(first, second)
+    with h5py.File(features, "r+") as file:
+        file["feature_map"][...] = file["feature_map"][...][:, ::-1]
+    images, third = take()
+    assert images == len(third)
+    torch.testing.assert_close(third, first.flip(2))
+    for cache in features.parent.glob("*.cache"):
+        cache.write_bytes(b"short")
+    assert torch.equal(take()[1], third)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bytes_never_end_in_a_traceback(features, seed):
+    rng, whole = np.random.default_rng(seed), features.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        features.write_bytes(damaged)
+        try:
+            data = open_features(features)
+            data.read(np.arange(len(data.split.labels)))
+        except UserError:
+            pass
+
+
+def test_another_writers_train_loc_is_kept_inside_trainval(features):
+    with h5py.File(features, "r+") as file:
+        trainval, test_seen = file["trainval_loc"][()], file["test_seen_loc"][()]
+        file["train_loc"] = np.concatenate([trainval[:5], test_seen])
+    assert open_features(features).split.train.tolist() == trainval[:5].tolist()
+
+
+@pytest.mark.parametrize("value", ["text", scipy.sparse.eye(3).tocsc(), np.ones((3, 3)) * 1j, np.array([["a"], ["b"]], dtype=object)])
+def test_class_attributes_of_a_wrong_kind(value):
+    with pytest.raises(UserError, match="att is not a table of numbers"):
+        class_table(value, "att_splits.mat: att")

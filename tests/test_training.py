@@ -69,6 +69,14 @@ def test_czsl_run_has_no_gzsl_numbers(features, tmp_path):
     assert "best_acc_zs" in summary and "best_H" not in summary
 
 
+@pytest.mark.parametrize("cache", ["ram", "disk", "none"])
+def test_where_the_maps_are_kept_changes_no_number(features, tmp_path, cache):
+    _, lines, _, weights = run(features, tmp_path / "auto", nepoch=1)
+    _, other_lines, _, other_weights = run(features, tmp_path / cache, "--cache", cache, nepoch=1)
+    assert lines == other_lines
+    assert all(torch.equal(tensor, other_weights["scen"][name]) for name, tensor in weights["scen"].items())
+
+
 @pytest.mark.parametrize("changes", [dict(nepoch=0), dict(scen_iterations=0, distill_iterations=0, nepoch=1),
                                      dict(compose_runtime="mlp", nepoch=1), dict(test_freq_epoch=5, nepoch=3),
                                      dict(encoded_noise=False, freeze_dec=True, feedback_loop=1, nepoch=1)])
@@ -103,7 +111,8 @@ def test_offline_wandb_run(features, tmp_path, monkeypatch):
     (["--syn_nun=3"], "unknown key syn_nun; did you mean syn_num"), (["--lr=fast"], "lr must be a number above 0"),
     (["--device=cuda"] if not torch.cuda.is_available() else ["--device=cuda:99"], "CUDA"),
     (["--backbone=resnet50"], "holds features of backbone resnet101"), (["--features=none.hdf5"], "make it with preprocessing.py"),
-    (["--config=none.yaml"], "could not be read")])
+    (["--config=none.yaml"], "could not be read"), (["--cache=device"], "--cache device: .* do not fit"),
+    (["--cache=attic"], "invalid choice: 'attic'")])
 def test_mistakes(features, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
         train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), *argv])
@@ -119,7 +128,7 @@ def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
 
 def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
     path = write_features(tmp_path / "f.hdf5", feature_arrays())
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="holds split of other images: run preprocessing.py again"):
         train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--data_root", str(real_data)])
 
 
