@@ -82,8 +82,7 @@ class EGGN(nn.Module):
 
     def adapt_lambda1(self, penalty: Tensor):
         """lambda1 grows by a tenth while the penalty is above 1.05 and shrinks while it is below 1.001; on the device."""
-        factor = torch.where(penalty > 1.05, 1.1, torch.where(penalty < 1.001, 1 / 1.1, 1.0).double())
-        self.lambda1.mul_(factor)
+        self.lambda1.mul_(1 + 0.1 * (penalty > 1.05)).div_(1 + 0.1 * (penalty < 1.001))
 
     def generator_step(self, x: Tensor, y: Tensor, eps: Tensor, unseen_y: Tensor, noise: Tensor,
                        feedback: bool) -> Tensor:
@@ -124,7 +123,7 @@ class EGGN(nn.Module):
         """Features (n, D) of classes y (n,) from noise (n, K), with feedback weighted by a2."""
         h1 = self.G.hidden(noise, self.att[y])
         fake = self.G.output(h1)
-        if self.config.feedback_loop > 1 and self.config.a2 > 0:
+        if self.config.a2 > 0:
             fake = self.G.output(h1 + self.config.a2 * self.F(self.Dec.hidden(fake)))
         return fake
 
@@ -147,7 +146,7 @@ def train_epoch(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor, progr
     sums = torch.zeros(len(LOSSES), device=device)
     for loop in range(config.feedback_loop):
         # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: the pass through it is left out
-        feedback = loop >= 1 and config.a1 > 0
+        feedback = loop == 1 and config.a1 > 0
         for batches in sampler.draw(iterations * (T + 1)).to(device).view(iterations, T + 1, B):
             critic, generator = batches[:T], batches[T]
             critic_losses = eggn.critic_steps(x[critic], y[critic], torch.randn(T, B, K, device=device),

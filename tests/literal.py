@@ -91,3 +91,56 @@ def iteration(eggn, x, y, eps, alpha, unseen_y, noise, feedback):
     elif penalty < 1.001:
         eggn.lambda1 /= 1.1
     return torch.cat([steps[-1], generator_step(eggn, x[T], y[T], eps[T], unseen_y, noise, feedback)])
+
+
+def accuracy(target, predicted):
+    """Mean per-class top-1 accuracy, class by class."""
+    return sum((predicted[target == c] == c).float().mean().item() for c in target.unique()) / len(target.unique())
+
+
+def fit_softmax(x, y, classes, config, score):
+    """The best score over the epochs of a linear softmax classifier, scored after each."""
+    linear = torch.nn.Linear(x.shape[1], classes, device=x.device)
+    torch.nn.init.normal_(linear.weight, 0.0, 0.02)
+    torch.nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999))
+    best = None
+    for _ in range(config.classifier_epochs):
+        order = torch.randperm(len(x), device=x.device)
+        for start in range(0, len(x), config.syn_num):
+            batch = order[start:start + config.syn_num]
+            loss = F.cross_entropy(linear(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            now = score(linear)
+        best = now if best is None or now[0] > best[0] else best
+    return best
+
+
+def evaluate(eggn, embeddings, unseen, config):
+    """(acc_zs, (H, U, S)) in [0, 1] at the best classifier epochs; each classifier prepares its own inputs."""
+    trainval, test_seen, test_unseen = (embeddings[name] for name in ("trainval", "test_seen", "test_unseen"))
+
+    def synthetic():
+        y = unseen.repeat_interleave(config.syn_num)
+        x = torch.cat([eggn.synthesize(torch.full((config.syn_num,), int(c), device=y.device),
+                                       torch.randn(config.syn_num, eggn.att.shape[1], device=y.device)) for c in unseen])
+        return eggn.Dec.classifier_input(x), y
+
+    x, y = synthetic()
+    real = eggn.Dec.classifier_input(test_unseen.x)
+    acc_zs, = fit_softmax(x, torch.searchsorted(unseen, y), len(unseen), config,
+                          lambda linear: (accuracy(test_unseen.y, unseen[linear(real).argmax(dim=1)]),))
+
+    x, y = synthetic()
+    x, y = torch.cat([eggn.Dec.classifier_input(trainval.x), x]), torch.cat([trainval.y, y])
+    real_unseen, real_seen = eggn.Dec.classifier_input(test_unseen.x), eggn.Dec.classifier_input(test_seen.x)
+
+    def gzsl(linear):
+        U = accuracy(test_unseen.y, linear(real_unseen).argmax(dim=1))
+        S = accuracy(test_seen.y, linear(real_seen).argmax(dim=1))
+        return 2 * U * S / (U + S) if U + S else 0.0, U, S
+
+    return acc_zs, fit_softmax(x, y, len(eggn.att), config, gzsl)
