@@ -4,6 +4,7 @@ A config file holds *every* key of `Config`, in W&B's form `key: {value: x}`; th
 Every key is a flag as well (`--syn_num 200` or `--syn_num=200`, the form a W&B sweep agent passes).
 """
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -14,15 +15,17 @@ import yaml
 from util import UserError
 
 
-def key(help, *, at_least=None, above=None, choices=None):
+def key(help, *, at_least=None, above=None, below=None, choices=None):
     """A field of Config with its meaning and the values it may take."""
-    return dataclasses.field(metadata=dict(help=help, at_least=at_least, above=above, choices=choices))
+    return dataclasses.field(metadata=dict(help=help, at_least=at_least, above=above, below=below, choices=choices))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyperparameter of a run (symbols: paper and SPEC sections 3 to 7). Sizes that the data decides are not here."""
-    seed: int = key("every random draw of the run follows from it", at_least=0)
+    seed: int = key("every random draw of the run follows from it", at_least=0, below=2**63)
+    matmul_precision: str = key("highest: float32 products; high: TF32; medium: bfloat16, where the hardware has them",
+                                choices=("highest", "high", "medium"))
     # the features the run asks for
     backbone: str = key("network the feature maps must come from")
     img_size: int = key("image size the feature maps must come from, in pixels", above=0)
@@ -53,7 +56,7 @@ class Config:
     vae_loss_weight: float = key("weight of the VAE's loss", at_least=0)
     rec_seen_cls_weight: float = key("weight of the guidance on reconstructed features", at_least=0)
     gen_unseen_cls_weight: float = key("weight of the guidance on generated unseen features", at_least=0)
-    feedback_loop: int = key("passes over the data an epoch; from the second on with feedback", above=0)
+    feedback_loop: int = key("passes over the data an epoch; the second one with feedback", above=0)
     a1: float = key("weight of the feedback in training", at_least=0)
     a2: float = key("weight of the feedback in synthesis", at_least=0)
     encoded_noise: bool = key("draw z from the encoder rather than from N(0, 1)")
@@ -82,21 +85,29 @@ def parse_value(name: str, raw, where: str):
     elif field.type is bool:
         value = {"true": True, "false": False}.get(str(raw).lower())
     else:
-        try:
-            # text too: YAML 1.1 reads 1e-4 as text
-            number = math.nan if isinstance(raw, bool) else float(raw)
-        except (TypeError, ValueError):
-            raise problem from None
-        if not math.isfinite(number) or (field.type is int and number != int(number)):
-            raise problem
-        value = field.type(number) if isinstance(raw, float) or field.type is float else int(float(raw))
+        value = number(raw, field.type)
     limits = field.metadata
     if (value is None
             or (limits["choices"] and value not in limits["choices"])
             or (limits["at_least"] is not None and value < limits["at_least"])
-            or (limits["above"] is not None and value <= limits["above"])):
+            or (limits["above"] is not None and value <= limits["above"])
+            or (limits["below"] is not None and value >= limits["below"])):
         raise problem
     return value
+
+
+def number(raw, kind: type):
+    """`raw` as an int or a finite float, None if it is neither; text is read too, for YAML 1.1 takes 1e-4 for text."""
+    if isinstance(raw, bool):
+        return None
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if kind is int and not isinstance(raw, float):
+            with contextlib.suppress(ValueError):
+                return int(raw)
+        value = float(raw)
+        if math.isfinite(value) and (kind is float or value == int(value)):
+            return kind(value)
+    return None
 
 
 def describe(field) -> str:
@@ -109,6 +120,8 @@ def describe(field) -> str:
         words += f" of at least {limits['at_least']}"
     if limits["above"] is not None:
         words += f" above {limits['above']}"
+    if limits["below"] is not None:
+        words += f" and below {limits['below']}"
     return words
 
 
@@ -168,7 +181,7 @@ def config_yaml(config: Config) -> str:
 
 
 def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Parse `argv` with the run's own options (`parser`, made with allow_abbrev=False) and every Config key as a flag.
+    """Parse `argv` with the run's own options (`parser`) and every Config key as a flag.
 
     Returns (options, overrides by key as text). Raises UserError for a flag that is neither, naming the nearest key.
     """

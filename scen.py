@@ -56,7 +56,7 @@ def fit_scen(scen: SCEN, maps: FeatureMaps, sampler: BalancedSampler, labels: Te
 
     log(iteration, losses) is called every `log_freq_iteration` iterations, progress() every iteration.
     """
-    optimizer = rmsprop([p for p in scen.parameters() if p.requires_grad], config)
+    optimizer = rmsprop(scen.parameters(), config)
     meter = LossMeter("loss_LEN", "loss_GEN")
     for iteration, (positions, batch) in enumerate(maps.batches(sampler, config.scen_iterations), start=1):
         meter.add(scen_step(scen, optimizer, batch, labels[positions], seen, config))

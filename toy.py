@@ -5,7 +5,6 @@ is visible at one part of the bird, so that a model which looks at the right pla
 
     python toy.py --data_root data
 """
-import argparse
 import json
 import os
 import time
@@ -20,7 +19,7 @@ import scipy.io
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from util import UserError, exit_on_user_error
+from util import FlagParser, UserError, exit_on_user_error
 
 VERSION = 1  # raise it when the pictures or the files change: `render` then replaces older ones
 
@@ -403,7 +402,7 @@ def render(data_root: Path, seed: int = 0, classes: int = 50, images_per_class: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = FlagParser(__doc__.splitlines()[0])
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of the datasets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--classes", type=int, default=50, help="seen and unseen ones together")

@@ -1,10 +1,10 @@
-"""What every other module leans on: errors for people, safe files, hashes, seeds, devices, memory.
+"""What every other module leans on: errors for people, safe files, seeds, devices, memory.
 
 Upstream of everything: this module imports nothing of the project.
 """
+import argparse
 import contextlib
 import ctypes
-import hashlib
 import os
 import random
 import sys
@@ -16,6 +16,16 @@ import torch
 
 class UserError(Exception):
     """Something the user can put right; the message says what was wrong, where, and what to do."""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse, except that a wrong flag is a UserError as every other mistake, and flags are not abbreviated."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def exit_on_user_error(main):
@@ -41,6 +51,9 @@ def atomic_path(path: Path):
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path.parent} could not be made ({error.strerror}): name another place") from None
+    try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -52,7 +65,8 @@ def atomic_path(path: Path):
         raise UserError(f"{path} could not be written ({error.strerror or error}): "
                         "free some disk space or name another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path):
@@ -68,15 +82,6 @@ def write_text(path: Path, text: str):
     """Write `text` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def seed_everything(seed: int):

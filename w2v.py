@@ -140,7 +140,10 @@ def gaussian_vectors(names: list[str]) -> np.ndarray:
         seed = int.from_bytes(hashlib.sha256(word.lower().encode()).digest()[:8], "little")
         return np.random.default_rng(seed).standard_normal(GAUSSIAN_LENGTH)
 
-    return np.stack([sum(vector(word) for word in attribute_words(name)) for name in names]).astype(np.float32)
+    words = [attribute_words(name) for name in names]
+    if not all(words):
+        raise UserError(f"the attribute name {names[words.index([])]!r} holds no word: correct the dataset's attribute file")
+    return np.stack([sum(map(vector, parts)) for parts in words]).astype(np.float32)
 
 
 def attribute_vectors(path: Path | None, data_root: Path, dataset: str, names: list[str] | None,

@@ -18,25 +18,26 @@ class Layout:
     """Where a dataset lies under the data root, and the facts its published split is checked against.
 
     anchor: the folder an image path's tail begins with. published: (images, classes, seen, attributes, trainval,
-    test seen, test unseen), None for TOY. scegg: the paper's own CZSL acc, U, S, H in %.
+    test seen, test unseen), None for TOY; release: the fingerprint of the release of that split most people have. scegg: the paper's own CZSL acc, U, S, H in %.
     """
     anchor: str
     images: str
     attribute_files: tuple[str, ...]
     published: tuple[int, ...] | None = None
+    release: str | None = None
     scegg: tuple[float, ...] | None = None
 
 
 LAYOUTS = {
     "CUB": Layout("CUB_200_2011", "CUB_200_2011/images",
                   ("attributes.txt", "CUB_200_2011/attributes.txt", "CUB_200_2011/attributes/attributes.txt"),
-                  (11788, 200, 150, 312, 7057, 1764, 2967), (75.1, 64.1, 73.6, 68.5)),
+                  (11788, 200, 150, 312, 7057, 1764, 2967), "62d41356ed4d", (75.1, 64.1, 73.6, 68.5)),
     "SUN": Layout("images", "images",
                   ("attributes.mat", "SUNAttributeDB/attributes.mat", "SUN_attributes.mat"),
-                  (14340, 717, 645, 102, 10320, 2580, 1440), (69.2, 45.1, 43.6, 44.3)),
+                  (14340, 717, 645, 102, 10320, 2580, 1440), "e90b2456563a", (69.2, 45.1, 43.6, 44.3)),
     "AWA2": Layout("Animals_with_Attributes2", "Animals_with_Attributes2/JPEGImages",
                    ("Animals_with_Attributes2/predicates.txt", "predicates.txt", "AWA2_predicates.txt"),
-                   (37322, 50, 40, 85, 23527, 5882, 7913), (78.2, 60.9, 89.3, 72.4)),
+                   (37322, 50, 40, 85, 23527, 5882, 7913), "dca72b876c46", (78.2, 60.9, 89.3, 72.4)),
     "TOY": Layout("images", "images", ("attributes.txt",)),
 }
 LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
@@ -95,7 +96,8 @@ class Split:
         """One line: fingerprint, which split it is, and its numbers."""
         N, C, seen, K, trainval, test_seen, test_unseen = self.facts()
         published = LAYOUTS[dataset].published
-        kind = ("the full proposed split" if self.is_published(dataset)
+        release = "the common release" if self.fingerprint == LAYOUTS[dataset].release else "NOT the common release"
+        kind = (f"the full proposed split, {release}" if self.is_published(dataset)
                 else f"NOT the full {dataset} of the paper" if published else "embedded dataset")
         return (f"split {self.fingerprint} ({kind}): {N} images, {C} classes ({seen} seen, {len(self.unseen)} unseen), "
                 f"{K} attributes, trainval {trainval}, test seen {test_seen}, test unseen {test_unseen}")
@@ -151,9 +153,16 @@ def read_mat(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
 def index_vector(array: np.ndarray, what: str) -> np.ndarray:
     """A .mat column of 1-based whole numbers as a 0-based int64 vector."""
     flat = np.asarray(array).ravel()
-    if flat.dtype.kind not in "uif" or (flat.dtype.kind == "f" and not np.array_equal(flat, np.round(flat))):
+    if flat.dtype.kind not in "uif" or not np.isfinite(flat).all() or (flat.dtype.kind == "f" and not np.array_equal(flat, np.round(flat))):
         raise UserError(f"{what} does not hold whole numbers")
     return flat.astype(np.int64) - 1
+
+
+def class_table(array, what: str) -> np.ndarray:
+    """A .mat table attributes x classes as (C, K) float32."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.ndim != 2:
+        raise UserError(f"{what} is not a table of numbers (attributes x classes)")
+    return array.T.astype(np.float32)
 
 
 def cell_texts(cells: np.ndarray, what: str) -> list[str]:
@@ -173,8 +182,8 @@ def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split
     # the trap of section 2: in the common release these two reach into test_seen
     train, val = (np.intersect1d(index_vector(optional[key], f"{path}: {key}"), trainval) if key in optional else None
                   for key in ("train_loc", "val_loc"))
-    split = check_split(Split(labels, trainval, test_seen, test_unseen, mat["att"].T.astype(np.float32),
-                              mat["original_att"].T.astype(np.float32), train, val), path)
+    split = check_split(Split(labels, trainval, test_seen, test_unseen, class_table(mat["att"], f"{path}: att"),
+                              class_table(mat["original_att"], f"{path}: original_att"), train, val), path)
     class_names = cell_texts(mat["allclasses_names"], f"{path}: allclasses_names")
     if len(class_names) != len(split.att):
         raise UserError(f"{path}: {len(class_names)} class names for {len(split.att)} classes")

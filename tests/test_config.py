@@ -62,7 +62,8 @@ def test_unknown_flag_names_the_nearest(argv, message):
 
 
 @pytest.mark.parametrize("key, value", [("lr", "fast"), ("lr", "0"), ("lr", "nan"), ("syn_num", "1.5"), ("syn_num", "0"),
-                                        ("nepoch", "-1"), ("gzsl", "maybe"), ("compose_runtime", "sum"), ("lr", "")])
+                                        ("nepoch", "-1"), ("gzsl", "maybe"), ("compose_runtime", "sum"), ("lr", ""),
+                                        ("seed", "9" * 25), ("seed", str(2**63)), ("syn_num", "1e999")])
 def test_ill_typed_or_impossible_values(key, value):
     with pytest.raises(UserError, match=f"--{key}: {key} must be"):
         read_config(SUN, {key: value})
@@ -80,6 +81,10 @@ def test_damaged_config_files(tmp_path, change, message):
     (tmp_path / "c.yaml").write_text(change(SUN.read_text()))
     with pytest.raises(UserError, match=message):
         read_config(tmp_path / "c.yaml", {})
+
+
+def test_large_whole_numbers_are_not_rounded():
+    assert read_config(SUN, {"seed": "9007199254740993"}).seed == 9007199254740993
 
 
 def test_missing_config_file(tmp_path):
