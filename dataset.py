@@ -20,7 +20,7 @@ from util import UserError, atomic_path
 from xlsa17 import Split, check_split
 
 REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
-READ_AT_ONCE = 64  # images
+READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
 
 
 def normalize_positions(maps: Tensor) -> Tensor:
@@ -30,11 +30,12 @@ def normalize_positions(maps: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w)."""
+    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w) of a map."""
     path: Path
     split: Split
     w2v: np.ndarray
     shape: tuple[int, int, int]
+    compressed: bool
     class_names: list[str]
     attribute_names: list[str]
     provenance: dict
@@ -119,7 +120,7 @@ def check_features(path: Path, file: h5py.File, backbone: str | None, img_size: 
     def texts(key, fallback):
         return [text.decode() for text in file[key][()]] if key in file else fallback
 
-    return Features(path, split, w2v, maps.shape[1:], texts("allclasses_names", [f"class {c}" for c in range(len(att))]),
+    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None, texts("allclasses_names", [f"class {c}" for c in range(len(att))]),
                     texts("attribute_names", [f"attribute {k}" for k in range(len(w2v))]), provenance)
 
 
@@ -159,11 +160,12 @@ class Place:
                 "disk": "in a cache beside the feature file", "none": "in the feature file, read batch by batch"}[self.name]
 
 
-def choose_place(size: int, device: torch.device, folder: Path, cache: str = "auto") -> Place:
-    """Where `size` bytes of float32 maps go. cache: auto, or a place's name.
+def choose_place(size: int, device: torch.device, folder: Path, compressed: bool, cache: str = "auto") -> Place:
+    """Where `size` bytes of float32 maps go. compressed: whether the feature file's are; cache: auto, or a place's name.
 
     auto takes the first that holds: the device if half its free memory is enough (as float16 if float32 is too much), RAM if
-    half of what is free is enough, a flat file in `folder` if the disk has room for it, else nowhere.
+    half of what is free is enough, a flat file in `folder` if the disk has room for it, else nowhere. A CPU is slow enough
+    to read uncompressed maps from the file while it computes: the system's own cache of the file then is the copy in RAM.
     Raises UserError for a place asked for by name that does not hold the maps.
     """
     on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
@@ -175,6 +177,8 @@ def choose_place(size: int, device: torch.device, folder: Path, cache: str = "au
         room = on_device if cache == "device" else on_disk
         raise UserError(f"--cache {cache}: {size / 1e9:.2f} GB of feature maps do not fit into the {room / 1e9:.2f} GB there ({device}, "
                         f"{folder}): make room, or leave the flag out")
+    if cache == "auto" and device.type == "cpu" and not compressed:
+        return Place("none")
     name = next(name for name in fits if fits[name]) if cache == "auto" else cache
     return kept if name == "device" else Place(name)
 

@@ -117,6 +117,13 @@ def rank_of_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def device_of_rank() -> str | None:
+    """The GPU of this rank under `torchrun`, None where there is no choice to make."""
+    if "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
+        return None
+    return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+
+
 def wait_for_all_ranks():
     """Return once every rank has come here; they may be hours apart."""
     if rank_of_ranks()[1] > 1:
@@ -151,7 +158,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None):
     options = parse_arguments(argv)
     keep_freed_memory()
-    device = pick_device(options.device)
+    device = pick_device(options.device or device_of_rank())
     options.batch_size = options.batch_size or (64 if device.type == "cuda" else 4)
     data_root, dataset = options.data_root, options.dataset
     output = options.output or feature_file(dataset, options.backbone)

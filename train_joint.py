@@ -46,7 +46,7 @@ def bar(total: int, what: str, unit: str) -> tqdm:
 def place_of_maps(features: Features, device: torch.device, cache: str) -> Place:
     """Where trainval's feature maps are to be kept, printed."""
     size = len(features.split.trainval) * math.prod(features.shape) * 4
-    place = choose_place(size, device, features.path.parent, cache)
+    place = choose_place(size, device, features.path.parent, features.compressed, cache)
     print(f"feature maps of trainval, {size / 1e9:.2f} GB: kept {place}")
     return place
 

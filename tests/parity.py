@@ -26,6 +26,7 @@ from evaluation import per_class_accuracy  # noqa: E402
 from model import LEN, SCEN, global_classifier  # noqa: E402
 from scen import distill_step, rmsprop, scen_step  # noqa: E402
 
+GOLDEN = Path(__file__).resolve().parent / "golden" / "published_scegg_small.npz"
 TOLERANCE = 1e-4
 LOG_COLUMNS = ("decoder_loss_last,critic_real_last,critic_fake_last,penalty_last,"
                "vae,rec_cls,unseen_cls,adversarial,decoder_on_fake,total_generator")

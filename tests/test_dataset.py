@@ -192,12 +192,12 @@ def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     """RAM if half of what is free holds the maps, else the disk if they fit, else nowhere; a place asked for must hold them."""
     cpu, free = torch.device("cpu"), shutil.disk_usage(tmp_path).free
     monkeypatch.setattr("dataset.available_ram", lambda: 1000)
-    assert choose_place(400, cpu, tmp_path) == Place("ram") and choose_place(600, cpu, tmp_path) == Place("disk")
-    assert choose_place(2 * free, cpu, tmp_path) == Place("none") == choose_place(1, cpu, tmp_path, "none")
-    assert choose_place(600, cpu, tmp_path, "ram") == Place("ram")
+    assert choose_place(400, cpu, tmp_path, True) == Place("ram") and choose_place(600, cpu, tmp_path, True) == Place("disk")
+    assert choose_place(2 * free, cpu, tmp_path, True) == Place("none") == choose_place(1, cpu, tmp_path, True, "none")
+    assert choose_place(400, cpu, tmp_path, False) == Place("none") and choose_place(600, cpu, tmp_path, False, "ram") == Place("ram")
     for cache, size in (("disk", 2 * free), ("device", 1)):
         with pytest.raises(UserError, match=f"--cache {cache}: .* do not fit"):
-            choose_place(size, cpu, tmp_path, cache)
+            choose_place(size, cpu, tmp_path, True, cache)
 
 
 def test_the_disk_cache_is_made_once_and_again_for_a_changed_file(features):
