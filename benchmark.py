@@ -1,0 +1,389 @@
+"""How fast every stage is, what it must compute, and how near that comes to what this machine can do.
+
+    python benchmark.py --size CUB                      synthetic tensors of the paper's sizes
+    python benchmark.py --size CUB --against literal    and the ratio to a plain transcription, alternating in one process
+    python benchmark.py --features data/CUB/feature_map_efficientnet_lite2_CUB.hdf5    a real feature file
+    python benchmark.py --whole train_joint_CUB.py --backbone efficientnet_lite2 --wandb disabled   a whole run, stage by stage
+
+Times are medians after a warm-up. FLOP is what the method cannot do without (2 a multiply-add), and the last column the
+share of this machine's measured matmul rate that the stage reaches with it. The transcription runs with torch's default
+optimisers, and in this process, so that it has the same settings of the allocator as ours.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import h5py
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from backbones import build_backbone
+from config import read_config
+from dataset import Features, normalize_positions, open_features
+from eggn import EGGN
+from evaluation import evaluate
+from model import SCEN, global_classifier
+from scen import Embedding, distill_step, rmsprop, scen_step
+from train_joint import CONFIGS
+from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device
+from writer import FILTERS, MapWriter, create_maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Dimensions of a dataset's training: batch B, K attributes, C classes (Cs seen), D channels, h = w, word length d_v."""
+    B: int
+    K: int
+    C: int
+    Cs: int
+    D: int = 2048
+    side: int = 14
+    d_v: int = 300
+    trainval: int = 0
+    test: int = 0
+
+
+SIZES = {"CUB": Size(64, 312, 200, 150, trainval=7057, test=4731), "SUN": Size(64, 102, 717, 645, trainval=10320, test=4020),
+         "AWA2": Size(40, 85, 50, 40, trainval=23527, test=13795)}
+
+
+@dataclasses.dataclass
+class Stage:
+    """Something to time: `run()` does `units` of `unit`, needing `flop` and moving `bytes`; `literal` is the oracle's way."""
+    name: str
+    run: Callable
+    unit: str
+    units: int = 1
+    flop: float = 0.0
+    bytes: float = 0.0
+    literal: Callable | None = None
+
+
+class Timer:
+    """Seconds and peak memory of a call on a device: CUDA events, or the clock; device or resident memory."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+
+    def seconds(self, call: Callable) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def peak_gb(self, call: Callable) -> float | None:
+        """Peak memory while `call` runs; None where the system does not tell."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            return torch.cuda.max_memory_allocated() / 1e9
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            call()
+            status = Path("/proc/self/status").read_text()
+            return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024 / 1e9
+        call()
+        return None
+
+    def medians(self, calls: list[Callable], repeats: int) -> list[float]:
+        """Median seconds of each call, the calls taking turns so that drift of the machine meets all alike."""
+        for call in calls:
+            call()
+        rounds = [[self.seconds(call) for call in calls] for _ in range(repeats)]
+        return [statistics.median(times) for times in zip(*rounds)]
+
+
+def ceilings(device: torch.device, timer: Timer) -> tuple[float, float]:
+    """(FLOP/s of a large float32 matmul as configured, bytes/s of a large copy, read and written)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    matmul, copy = timer.medians([lambda: a @ b, lambda: target.copy_(source)], 7)
+    return 2 * n**3 / matmul, 2 * source.numel() * 4 / copy
+
+
+def linear_flop(rows: int, inputs: int, outputs: int, passes: int) -> float:
+    """FLOP of a linear layer: one pass forward, one for the weights' gradient, one for the input's."""
+    return 2.0 * rows * inputs * outputs * passes
+
+
+def scen_flop(s: Size) -> float:
+    """A step of stage 1 by section 10: attention and score maps, (M A) F^T, their gradients; none with respect to F."""
+    R = s.side**2
+    attention_and_score = linear_flop(s.B * R, s.D, 2 * s.K, 2)
+    mixed = linear_flop(s.B * R, s.K, s.K // 2, 3)
+    composed = linear_flop(s.B * s.D, R, s.K // 2, 2)
+    return attention_and_score + mixed + composed + linear_flop(2 * s.K, s.d_v, s.D, 3) + linear_flop(s.B, s.D, s.C, 3)
+
+
+def critic_flop(s: Size, config) -> float:
+    """One decoder and one critic step with its share of the fakes: forward, penalty, and gradients."""
+    h, X = config.ndh, s.D + s.K
+    critic = linear_flop(2 * s.B, X, h, 2) + linear_flop(s.B, s.D, h, 3)
+    decoder = linear_flop(s.B, s.D, config.ngh, 2) + linear_flop(s.B, config.ngh, s.K, 3)
+    fakes = linear_flop(s.B, X, config.ngh, 1) + linear_flop(s.B, 2 * s.K, config.ngh, 1) + linear_flop(s.B, config.ngh, s.D, 1)
+    return critic + decoder + fakes
+
+
+def generator_flop(s: Size, config) -> float:
+    """One generator step without feedback: E, G twice, guide twice, D and Dec."""
+    g, X = config.ngh, s.D + s.K
+    encoder = linear_flop(s.B, X, g, 2) + linear_flop(s.B, g, 2 * s.K, 3)
+    generator = linear_flop(2 * s.B, 2 * s.K, g, 2.5) + linear_flop(2 * s.B, g, s.D, 3)
+    guide = linear_flop(2 * s.B, s.D, config.distill_hidden, 2) + linear_flop(2 * s.B, config.distill_hidden, s.C, 2)
+    judges = linear_flop(s.B, X, config.ndh, 2) + linear_flop(s.B, s.D, g, 3) + linear_flop(s.B, g, s.K, 3)
+    return encoder + generator + guide + judges
+
+
+class Workbench:
+    """The tensors and networks that the training stages need, of one size, on one device."""
+
+    def __init__(self, s: Size, config, device: torch.device):
+        torch.manual_seed(0)
+        self.s, self.config, self.device = s, config, device
+        rand = lambda *shape: torch.rand(*shape, device=device)
+        self.raw = rand(s.B, s.D, s.side, s.side)
+        self.maps = normalize_positions(self.raw)
+        self.att = rand(s.C, s.K)
+        self.seen, self.unseen = torch.arange(s.Cs, device=device), torch.arange(s.Cs, s.C, device=device)
+        self.labels = self.seen[torch.randint(s.Cs, (s.B,), device=device)]
+        self.scen = SCEN(torch.randn(s.K, s.d_v), self.att.cpu(), s.D).to(device)
+        self.optimizer = rmsprop(self.scen.parameters(), config)
+        self.guide = global_classifier(s.D, config.distill_hidden, s.C).to(device)
+        self.T = config.critic_iter
+        self.x, self.y = rand(self.T + 1, s.B, s.D), self.seen[torch.randint(s.Cs, (self.T + 1, s.B), device=device)]
+        self.S = rand(s.B, s.C)
+        self.draws = dict(eps=torch.randn(self.T + 1, s.B, s.K, device=device), alpha=rand(self.T, s.B, 1),
+                          noise=torch.randn(s.B, s.K, device=device),
+                          unseen=self.unseen[torch.randint(len(self.unseen), (s.B,), device=device)])
+        self.eggn = EGGN(s.D, self.att, self.guide, config).to(device)
+        self.plain_eggn = EGGN(s.D, self.att, self.guide, config).to(device)
+        for name, optimizer in self.plain_eggn.optimizers.items():
+            group = optimizer.param_groups[0]
+            self.plain_eggn.optimizers[name] = torch.optim.Adam(group["params"], group["lr"], group["betas"])
+        self.scen.gen.fit_scaler(self.scen.embed(self.maps)[0])
+
+
+def training_stages(bench: Workbench, literal) -> list[Stage]:
+    """The stages of training; `literal` is the oracle module, or None."""
+    s, config, eggn, draws, scen = bench.s, bench.config, bench.eggn, bench.draws, bench.scen
+    T, R = bench.T, s.side**2
+    distilled = global_classifier(s.D, config.distill_hidden, s.C).to(bench.device)
+    distill_optimizer = rmsprop(distilled.parameters(), config)
+    maps_bytes = s.B * R * s.D * 4.0
+    plain_rmsprop = lambda network: torch.optim.RMSprop(network.parameters(), lr=config.scen_lr,
+                                                        weight_decay=config.scen_weight_decay, momentum=config.scen_momentum)
+    scen_optimizer, plain_distill_optimizer = plain_rmsprop(scen), plain_rmsprop(distilled)
+
+    def literal_scen():
+        local, globally = literal.scen_losses(scen, bench.raw, bench.labels, bench.seen)
+        scen_optimizer.zero_grad()
+        (local + globally).backward()
+        scen_optimizer.step()
+
+    def critic():
+        eggn.critic_steps(bench.x[:T], bench.y[:T], draws["eps"][:T], draws["alpha"], False)
+
+    def literal_critic(encode):
+        for t in range(T):
+            x = literal.dense_features(scen, bench.raw)[0].clamp(0, 1) if encode else bench.x[t]
+            literal.critic_step(bench.plain_eggn, x, bench.y[t], draws["eps"][t], draws["alpha"][t], False)
+
+    def generator(step, encode=False):
+        x = literal.dense_features(scen, bench.raw)[0].clamp(0, 1) if encode else bench.x[T]
+        step(x, bench.y[T], draws["eps"][T], draws["unseen"], draws["noise"], False)
+
+    oracle = lambda call: call if literal else None
+    critic_rows = dict(unit="step", units=T, flop=T * critic_flop(s, config), bytes=T * 28.0 * s.D * (config.ndh + config.ngh))
+    generator_rows = dict(unit="step", flop=generator_flop(s, config), bytes=28.0 * s.D * 3 * config.ngh)
+    literal_generator = lambda *draw: literal.generator_step(bench.plain_eggn, *draw)
+    return [
+        Stage("SCEN step", lambda: scen_step(scen, bench.optimizer, bench.maps, bench.labels, bench.seen, config), "image", s.B,
+              scen_flop(s), 4 * maps_bytes, oracle(literal_scen)),
+        Stage("dense-feature pass", lambda: scen.embed(bench.maps), "image", s.B,
+              linear_flop(s.B * R, s.D, 2 * s.K, 1) + linear_flop(s.B, R, s.D, 1), 2 * maps_bytes,
+              oracle(lambda: literal.dense_features(scen, bench.raw))),
+        Stage("distillation step", lambda: distill_step(distilled, distill_optimizer, bench.x[0], bench.S), "step", 1,
+              linear_flop(s.B, s.D, config.distill_hidden, 2) + linear_flop(s.B, config.distill_hidden, s.C, 3),
+              36.0 * s.D * config.distill_hidden,
+              oracle(lambda: distill_step(distilled, plain_distill_optimizer, *literal.dense_features(scen, bench.raw)))),
+        Stage("critic steps, cached features", critic, literal=oracle(lambda: literal_critic(False)), **critic_rows),
+        Stage("critic steps, re-encoding counted", critic, literal=oracle(lambda: literal_critic(True)), **critic_rows),
+        Stage("generator step, cached features", lambda: generator(eggn.generator_step),
+              literal=oracle(lambda: generator(literal_generator)), **generator_rows),
+        Stage("generator step, re-encoding counted", lambda: generator(eggn.generator_step),
+              literal=oracle(lambda: generator(literal_generator, True)), **generator_rows),
+    ]
+
+
+def evaluation_stage(bench: Workbench, literal) -> Stage:
+    """Both softmax classifiers, synthesis included."""
+    s, config, device = bench.s, bench.config, bench.device
+
+    def embedding(n, classes):
+        return Embedding(torch.rand(n, s.D, device=device), torch.empty(0), classes[torch.randint(len(classes), (n,), device=device)])
+
+    splits = {"trainval": embedding(s.trainval, bench.seen), "test_seen": embedding(s.test // 2, bench.seen),
+              "test_unseen": embedding(s.test // 2, bench.unseen)}
+    synthetic, d = len(bench.unseen) * config.syn_num, s.D + s.K + config.ngh
+    flop = config.classifier_epochs * (linear_flop(s.trainval + synthetic, d, s.C, 2) + linear_flop(s.test, d, s.C, 1)
+                                       + linear_flop(synthetic, d, len(bench.unseen), 2))
+    oracle = (lambda: literal.evaluate(bench.eggn, splits, bench.unseen, config)) if literal else None
+    return Stage("evaluation, both classifiers", lambda: evaluate(bench.eggn, splits, bench.unseen, config), "epoch",
+                 config.classifier_epochs, flop, config.classifier_epochs * (s.trainval + 2 * synthetic) * d * 12.0, oracle)
+
+
+def file_stages(s: Size, folder: Path) -> list[Stage]:
+    """Feature maps into and out of an HDF5 file, plain and compressed."""
+    rng, count = np.random.default_rng(0), 32
+    maps = np.maximum(rng.standard_normal((count, s.D, s.side, s.side), dtype=np.float32), 0)
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def write(compression):
+        with h5py.File(folder / f"{compression}.hdf5", "w") as file:
+            writer = MapWriter(create_maps(file, maps.shape, compression), compression, pool)
+            writer.write(maps)
+            writer.drain(keep=0)
+
+    def read(compression):
+        with h5py.File(folder / f"{compression}.hdf5") as file:
+            for index in range(count):
+                file["feature_map"][index]
+
+    return [Stage(f"HDF5 {name}, {compression or 'plain'}", partial(call, compression), "image", count, bytes=float(maps.nbytes))
+            for compression in FILTERS for name, call in (("write", write), ("read", read))]
+
+
+def backbone_stage(device: torch.device, img_size: int) -> Stage:
+    """The offline backbone's forward pass, images already on the device."""
+    backbone = build_backbone("efficientnet_lite2", None, img_size)[0].to(device, memory_format=torch.channels_last)
+    images = torch.randn(4 if device.type == "cpu" else 64, 3, img_size, img_size, device=device)
+    images = images.to(memory_format=torch.channels_last)
+
+    def run():
+        with torch.inference_mode():
+            backbone(images)
+
+    return Stage(f"backbone forward, {img_size} px", run, "image", len(images))
+
+
+def size_of(features: Features, batch: int) -> Size:
+    """The dimensions of a feature file."""
+    split, (D, side, _) = features.split, features.shape
+    return Size(batch, split.att.shape[1], len(split.att), len(split.seen), D, side, features.w2v.shape[1], len(split.trainval),
+                len(split.test_seen) + len(split.test_unseen))
+
+
+def measure(stages: list[Stage], timer: Timer, repeats: int, matmul: float):
+    """Yield a record a stage."""
+    for stage in stages:
+        calls = [stage.run] + ([stage.literal] if stage.literal else [])
+        seconds = timer.medians(calls, repeats)
+        record = {"stage": stage.name, "seconds": seconds[0], "rate": stage.units / seconds[0], "unit": stage.unit,
+                  "peak_gb": timer.peak_gb(stage.run), "gflop": stage.flop / 1e9, "gbyte": stage.bytes / 1e9,
+                  "matmul_share": stage.flop / seconds[0] / matmul if stage.flop else None}
+        if stage.literal:
+            record |= {"literal_seconds": seconds[1], "ratio": seconds[1] / seconds[0]}
+        yield record
+
+
+def print_header(against: bool):
+    print(f"{'stage':<38}{'ms':>10}{'units/s':>16}{'GFLOP':>9}{'GB':>8}{'peak GB':>9}{'of matmul':>11}"
+          + (f"{'literal ms':>12}{'ratio':>8}" if against else ""))
+
+
+def print_record(record: dict):
+    optional = lambda value, form: format(value, form) if value is not None else "-"
+    line = (f"{record['stage']:<38}{record['seconds'] * 1e3:>10.2f}{record['rate']:>10.1f} {record['unit']:<5}"
+            f"{record['gflop']:>9.2f}{record['gbyte']:>8.3f}{optional(record['peak_gb'], '.2f'):>9}"
+            f"{optional(record['matmul_share'], '.0%'):>11}")
+    print(line + (f"{record['literal_seconds'] * 1e3:>12.2f}{record['ratio']:>7.1f}x" if "ratio" in record else ""), flush=True)
+
+
+def whole_run(command: list[str]) -> dict:
+    """Run a training script in a folder of its own and return its summary's seconds and peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *command, "--runs", folder])
+        if done.returncode:
+            sys.exit(done.returncode)
+        seconds = time.perf_counter() - start
+        summary, = (json.loads(path.read_text()) for path in Path(folder).glob("*/summary.json"))
+    keys = ("seconds", "peak_ram_gb", "peak_gpu_gb", "device", "best_H", "best_acc_zs")
+    return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
+
+
+def main(argv=None):
+    parser = FlagParser("Time every stage.")
+    parser.add_argument("--size", choices=SIZES, default="CUB", help="synthetic tensors of a dataset's dimensions")
+    parser.add_argument("--features", type=Path, default=None, help="take the dimensions and maps of this feature file instead")
+    parser.add_argument("--config", type=Path, default=CONFIGS / "sun_gzsl.yaml")
+    parser.add_argument("--matmul_precision", choices=("highest", "high", "medium"), default="highest")
+    parser.add_argument("--batch_size", type=int, default=None, help="B (default: the paper's 64; 40 on AWA2)")
+    parser.add_argument("--against", choices=("literal",), default=None, help="time a plain transcription beside it")
+    parser.add_argument("--stages", default="", help="only the stages whose name holds this text")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", type=Path, default=None, help="write the records here")
+    parser.add_argument("--whole", nargs=argparse.REMAINDER, default=None, help="a training command to run and account for")
+    options = parser.parse_args(argv)
+    keep_freed_memory()
+    device, timer = pick_device(options.device), Timer(pick_device(options.device))
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    if options.whole:
+        records = [whole_run(options.whole)]
+        print(json.dumps(records[0], indent=2))
+    else:
+        records = stage_table(options, device, timer)
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n")
+
+
+def stage_table(options, device: torch.device, timer: Timer) -> list[dict]:
+    """Measure and print the stages that `options` ask for."""
+    literal = None
+    if options.against:
+        sys.path.insert(0, str(Path(__file__).resolve().parent / "tests"))
+        import literal
+    config = read_config(options.config, {})
+    size = SIZES[options.size]
+    if options.features:
+        size = size_of(open_features(options.features), size.B)
+    size = dataclasses.replace(size, B=options.batch_size or size.B)
+    matmul, copy = ceilings(device, timer)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}: matmul {matmul / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s\n{size}")
+    print_header(bool(options.against))
+    records = [{"stage": "ceilings", "device": name, "torch": torch.__version__, "matmul_flops": matmul, "copy_bytes": copy,
+                "size": dataclasses.asdict(size)}]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Workbench(size, config, device)
+        stages = [backbone_stage(device, 448), *file_stages(size, Path(folder)), *training_stages(bench, literal),
+                  evaluation_stage(bench, literal)]
+        for record in measure([stage for stage in stages if options.stages in stage.name], timer, options.repeats, matmul):
+            print_record(record)
+            records.append(record)
+    return records
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
