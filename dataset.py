@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from util import UserError, atomic_path
 from xlsa17 import Split, check_split
@@ -25,7 +24,18 @@ READ_AT_ONCE = 16  # images: what they need while they are normalised adds to th
 
 def normalize_positions(maps: Tensor) -> Tensor:
     """(B, D, h, w) -> (B, R, D), each position's channels scaled to unit length (section 4)."""
-    return F.normalize(maps.flatten(2).transpose(1, 2).contiguous(), dim=2)
+    return divide_positions(maps, position_norms(maps))
+
+
+def position_norms(maps: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, R), the length of each position's channels; not finite where a channel is not."""
+    return torch.linalg.vector_norm(maps.flatten(2), dim=1).clamp_min(1e-12)
+
+
+def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
+    """(B, D, h, w) over (B, R) -> (B, R, D): the division is the pass that turns the layout."""
+    B, D, h, w = maps.shape
+    return torch.div(maps.flatten(2).transpose(1, 2), norms[:, :, None], out=maps.new_empty(B, h * w, D))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +59,12 @@ class Features:
                     file["feature_map"].read_direct(maps[row].numpy(), np.s_[int(index)])
         except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
-        if not torch.isfinite(maps).all():
-            bad = (~torch.isfinite(maps).flatten(1).all(dim=1)).nonzero()[0].item()
+        norms = position_norms(maps)
+        if not torch.isfinite(norms).all():
+            bad = (~torch.isfinite(norms).all(dim=1)).nonzero()[0].item()
             raise UserError(f"{self.path}: the feature map of image {indices[bad]} holds NaN or infinity: "
                             "run preprocessing.py again")
-        return normalize_positions(maps)
+        return divide_positions(maps, norms)
 
 
 def open_features(path: Path, backbone: str | None = None, img_size: int | None = None) -> Features:
