@@ -17,14 +17,22 @@ IMAGENET = "ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_LITE = "EfficientNet-Lite", (127 / 255,) * 3, (128 / 255,) * 3
 
 
-def image_transform(backbone: str, img_size: int) -> tuple[transforms.Compose, str]:
-    """PIL RGB -> (3, img_size, img_size): shorter side to img_size, centre crop, to [0, 1], the backbone's mean and std.
+def image_transform(img_size: int) -> transforms.Compose:
+    """PIL RGB -> (3, img_size, img_size) uint8: shorter side to img_size, centre crop. Bytes travel from loader to device."""
+    return transforms.Compose([transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.PILToTensor()])
 
-    Returns the transform and its description.
-    """
-    name, mean, std = EFFICIENTNET_LITE if backbone == OFFLINE else IMAGENET
-    steps = [transforms.Resize(img_size), transforms.CenterCrop(img_size), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    return transforms.Compose(steps), f"Resize({img_size}) CenterCrop({img_size}) ToTensor Normalize({name})"
+
+class Pixels(nn.Module):
+    """Images (B, 3, H, W) uint8 -> float32: to [0, 1], then the mean and std that the backbone's weights were trained with."""
+
+    def __init__(self, backbone: str):
+        super().__init__()
+        self.name, mean, std = EFFICIENTNET_LITE if backbone == OFFLINE else IMAGENET
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, images):
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 class LastMap(nn.Module):

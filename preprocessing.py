@@ -21,7 +21,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import build_backbone, image_transform
+from backbones import Pixels, build_backbone, image_transform
 from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, pick_device
 from w2v import attribute_vectors
 from writer import FILTERS, Parts, write_annotations
@@ -33,7 +33,7 @@ class Unreadable(str):
 
 
 class Images(Dataset):
-    """The dataset's images in xlsa17's order: index -> (3, S, S) float32 tensor, or Unreadable."""
+    """The dataset's images in xlsa17's order: index -> (3, S, S) uint8 tensor, or Unreadable."""
 
     def __init__(self, paths: list[Path], transform):
         self.paths, self.transform = paths, transform
@@ -62,13 +62,13 @@ def check_images(root: Path, tails: list[str]):
                         f"{', '.join(missing[:3])}: unpack the dataset again")
 
 
-def forward(backbone, batches, device: torch.device, precision: torch.dtype):
+def forward(pixels, backbone, batches, device: torch.device, precision: torch.dtype):
     """Maps (B, D, h, w) float32 on the host of each batch of images; the device already works on the next one meanwhile."""
     waiting = None
     for images in batches:
         if isinstance(images, Unreadable):
             raise UserError(images)
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+        images = pixels(images.to(device, non_blocking=True, memory_format=torch.channels_last))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             maps = backbone(images).float()
         if waiting is not None:
@@ -84,14 +84,14 @@ def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
     return maps.cpu().contiguous().numpy()
 
 
-def extract(backbone, images: Images, parts: Parts, device: torch.device, options) -> float:
+def extract(pixels: Pixels, backbone, images: Images, parts: Parts, device: torch.device, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
     todo = parts.missing(*rank_of_ranks())
     batches = [list(parts.rows(start))[at:at + options.batch_size] for start in todo
                for at in range(0, len(parts.rows(start)), options.batch_size)]
     loader = DataLoader(images, batch_sampler=batches, num_workers=options.num_workers, collate_fn=collate,
                         pin_memory=device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
-    backbone = backbone.to(device, memory_format=torch.channels_last)
+    pixels, backbone = pixels.to(device), backbone.to(device, memory_format=torch.channels_last)
     # float32 means float32: cuDNN would use TF32 unasked
     torch.backends.cudnn.allow_tf32 = False
     precision = getattr(torch, options.precision)
@@ -99,7 +99,7 @@ def extract(backbone, images: Images, parts: Parts, device: torch.device, option
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already, or another rank's")
     with torch.inference_mode(), tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar:
-        maps = forward(backbone, loader, device, precision)
+        maps = forward(pixels, backbone, loader, device, precision)
         for start in todo:
             parts.make(start, progressing(bar, maps, -(-len(parts.rows(start)) // options.batch_size)))
     return count / (time.perf_counter() - began)
@@ -168,15 +168,16 @@ def main(argv=None):
     names = read_attribute_names(data_root, dataset, split.att.shape[1])
     w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])
     backbone, provenance = build_backbone(options.backbone, options.weights, options.img_size)
-    transform, description = image_transform(options.backbone, options.img_size)
-    provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": description, "precision": options.precision,
+    pixels = Pixels(options.backbone)
+    transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
+    provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform, "precision": options.precision,
                    "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
                                            "h5py": h5py.__version__, "pillow": Image.__version__})}
-    images = Images([data_root / dataset / tail for tail in tails], transform)
+    images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))
     parts = Parts(output, images.paths, options.compression, provenance | {"batch_size": options.batch_size})
     try:
-        speed = extract(backbone, images, parts, device, options)
+        speed = extract(pixels, backbone, images, parts, device, options)
     finally:
         parts.remove_if_empty()
     wait_for_all_ranks()

@@ -15,11 +15,11 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from torchvision import models
+from torchvision import models, transforms
 
 import preprocessing
 import toy
-from backbones import build_backbone, image_transform
+from backbones import Pixels, build_backbone
 from dataset import open_features
 from util import UserError
 
@@ -68,12 +68,20 @@ def test_the_file_is_complete_and_says_where_it_comes_from(toy_root, plain):
 
 def test_maps_are_the_backbones_in_the_order_of_the_mat_file(toy_root, plain):
     backbone, _ = build_backbone("efficientnet_lite2", None, 64)
+    transform = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor(),
+                                    transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)])
     with h5py.File(plain) as file:
         for index in (0, 17, 34):
             path = toy_root / "TOY" / file["image_files"][index].decode()
             assert path.parent.name == file["allclasses_names"][file["labels"][index]].decode()
-            expected = backbone(image_transform("efficientnet_lite2", 64)[0](Image.open(path).convert("RGB"))[None])[0]
+            expected = backbone(transform(Image.open(path).convert("RGB"))[None])[0]
             np.testing.assert_allclose(file["feature_map"][index], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_are_torchvisions_bit_for_bit():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
+    expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])(image)
+    assert torch.equal(Pixels("resnet101")(transforms.PILToTensor()(image)[None])[0], expected)
 
 
 def test_compression_batch_size_and_workers_change_no_number(toy_root, plain, tmp_path):
