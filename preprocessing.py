@@ -140,7 +140,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the backbone's arithmetic")
     parser.add_argument("--batch_size", "-b", type=int, default=None, help="images a forward pass (default: 4 on CPU, 64 on CUDA)")
     parser.add_argument("--device", "-g", default=None, help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
-    parser.add_argument("--num_workers", "-n", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes")
+    parser.add_argument("--num_workers", "-n", type=int, default=None,
+                        help="decoding processes (default: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself)")
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of CUB/, SUN/, AWA2/, TOY/, xlsa17/, w2v/")
     parser.add_argument("--backbone", default="resnet101", help="a torchvision classification CNN, or efficientnet_lite2 (offline)")
     parser.add_argument("--weights", type=Path, default=None, help="local state dict (default: the pretrained weights)")
@@ -160,6 +161,9 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(options.device or device_of_rank())
     options.batch_size = options.batch_size or (64 if device.type == "cuda" else 4)
+    if options.num_workers is None:
+        cores = os.cpu_count() or 1
+        options.num_workers = min(8, cores if device.type == "cuda" else cores // 4)
     data_root, dataset = options.data_root, options.dataset
     output = options.output or feature_file(dataset, options.backbone)
     split, class_names, tails = read_dataset(data_root, dataset)
