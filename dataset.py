@@ -67,34 +67,35 @@ class Features:
         return divide_positions(maps, norms)
 
 
-def open_features(path: Path, backbone: str | None = None, img_size: int | None = None) -> Features:
+def open_features(path: Path, backbone: str | None = None, img_size: int | None = None, dataset: str | None = None) -> Features:
     """Open and check a feature file (section 3), ours or the published code's.
 
     Raises UserError for a missing, truncated or foreign file, contents that cannot be true, and features of another
-    backbone or image size than asked for.
+    backbone, image size or dataset than asked for.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: make it with preprocessing.py, or name it with --features")
     try:
         with h5py.File(path, "r") as file:
-            return check_features(path, file, backbone, img_size)
+            return check_features(path, file, {"backbone": backbone, "img_size": img_size, "dataset": dataset})
     except (OSError, KeyError, RuntimeError) as error:  # h5py raises all three over damaged bytes
         raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
 
 
-def check_features(path: Path, file: h5py.File, backbone: str | None, img_size: int | None) -> Features:
-    """The body of `open_features`, on an open file."""
+def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
+    """The body of `open_features`, on an open file; wanted: what its provenance must say, None for whatever it says."""
     lacking = [key for key in REQUIRED if key not in file]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}: it is not a feature file; make one with preprocessing.py")
     provenance = dict(file.attrs)
-    for name, wanted in (("backbone", backbone), ("img_size", img_size)):
-        if wanted is not None and name in provenance and provenance[name] != wanted:
-            raise UserError(f"{path} holds features of {name} {provenance[name]}, but the run asks for {wanted}: "
-                            f"give --{name} {provenance[name]}, or --features another file")
+    for name, value in wanted.items():
+        if value is not None and name in provenance and provenance[name] != value:
+            remedy = f"use the script of {provenance[name]}" if name == "dataset" else f"give --{name} {provenance[name]}"
+            raise UserError(f"{path} holds features of {name} {provenance[name]}, but the run asks for {value}: "
+                            f"{remedy}, or --features another file")
     if "backbone" not in provenance:
-        print(f"{path} does not say what made it: taken for {backbone} features at {img_size} px")
+        print(f"{path} does not say what made it: taken for {wanted['backbone']} features at {wanted['img_size']} px")
 
     def indices(key):
         array = file[key][()]
@@ -186,6 +187,8 @@ def choose_place(size: int, device: torch.device, folder: Path, compressed: bool
             "none": True}
     if cache in ("device", "disk") and not fits[cache]:
         room = on_device if cache == "device" else on_disk
+        if cache == "device" and device.type != "cuda":
+            raise UserError("--cache device: this run has no GPU; leave the flag out")
         raise UserError(f"--cache {cache}: {size / 1e9:.2f} GB of feature maps do not fit into the {room / 1e9:.2f} GB there ({device}, "
                         f"{folder}): make room, or leave the flag out")
     if cache == "auto" and device.type == "cpu" and not compressed:

@@ -55,7 +55,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"the run's folder {self.folder} could not be made ({error.strerror})") from None
+            raise UserError(f"the run's folder {self.folder} could not be made ({error.strerror}): name another place with --runs") from None
         write_text(self.folder / "config.yaml", config_yaml(config))
         self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
         settings = dict(project=PROJECT, name=self.name, dir=str(self.folder), config=dataclasses.asdict(config) | {"dataset": dataset})

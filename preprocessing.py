@@ -58,7 +58,7 @@ def check_images(root: Path, tails: list[str]):
     """Raises UserError if images are missing: how many, and the first few."""
     missing = [tail for tail in tails if not (root / tail).is_file()]
     if missing:
-        raise UserError(f"{len(missing)} of {len(tails)} images are missing below {root}, the first are "
+        raise UserError(f"{len(missing)} of {len(tails)} images are missing below {root}, first "
                         f"{', '.join(missing[:3])}: unpack the dataset again")
 
 
@@ -97,7 +97,8 @@ def extract(pixels: Pixels, backbone, images: Images, parts: Parts, device: torc
     precision = getattr(torch, options.precision)
     count, began = sum(map(len, batches)), time.perf_counter()
     if count < len(images):
-        print(f"{len(images) - count} of {len(images)} images are done already, or another rank's")
+        print(f"{len(images) - count} of {len(images)} images are done already"
+              + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
     with torch.inference_mode(), tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar:
         maps = forward(pixels, backbone, loader, device, precision)
         for start in todo:
@@ -167,7 +168,7 @@ def main(argv=None):
     data_root, dataset = options.data_root, options.dataset
     output = options.output or feature_file(dataset, options.backbone)
     split, class_names, tails = read_dataset(data_root, dataset)
-    print(split.describe(dataset))
+    print(split.describe(dataset) + (f"\n{output} is there already: it will be replaced" if output.exists() else ""))
     check_images(data_root / dataset, tails)
     names = read_attribute_names(data_root, dataset, split.att.shape[1])
     w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])

@@ -197,6 +197,16 @@ def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
                             f"split {fingerprint}: run preprocessing.py again, or name the right --data_root")
 
 
+def made_features(dataset: str, backbone: str) -> Path:
+    """Where preprocessing.py puts the features of a backbone; raises UserError with its command, and what else is there."""
+    path = feature_file(dataset, backbone)
+    if not path.is_file():
+        others = sorted(other.name for other in path.parent.glob("*.hdf5"))
+        raise UserError(f"{path} is missing: make it with preprocessing.py --dataset {dataset} --backbone {backbone}, or name it with "
+                        "--features" + (f" (there is {', '.join(others)}: give its --backbone)" if others else ""))
+    return path
+
+
 def main(dataset: str, config_name: str, argv=None):
     """Parse flags, check everything that can be checked, train, print the table."""
     parser = FlagParser(f"Train SC-EGG on {dataset}.")
@@ -213,7 +223,7 @@ def main(dataset: str, config_name: str, argv=None):
     keep_freed_memory()
     config = read_config(options.config, overrides)
     device = pick_device(options.device)
-    features = open_features(options.features or feature_file(dataset, config.backbone), config.backbone, config.img_size)
+    features = open_features(options.features or made_features(dataset, config.backbone), config.backbone, config.img_size, dataset)
     check_against_xlsa17(options.data_root, dataset, features)
     print(features.split.describe(dataset))
     place = place_of_maps(features, device, options.cache)

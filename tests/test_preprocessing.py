@@ -171,7 +171,7 @@ def test_missing_things_say_what_goes_where(own_toy, tmp_path):
     images = sorted(own_toy.glob("TOY/images/*/*.jpg"))
     for path in images[:4]:
         path.unlink()
-    with pytest.raises(UserError, match="4 of 35 images are missing .*the first are images/"):
+    with pytest.raises(UserError, match="4 of 35 images are missing .*first images/"):
         run(own_toy, tmp_path / "x.hdf5")
     (own_toy / "xlsa17/data/TOY/res101.mat").unlink()
     with pytest.raises(UserError, match="res101.mat is missing: unpack xlsa17.zip"):

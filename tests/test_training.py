@@ -111,7 +111,7 @@ def test_offline_wandb_run(features, tmp_path, monkeypatch):
     (["--syn_nun=3"], "unknown key syn_nun; did you mean syn_num"), (["--lr=fast"], "lr must be a number above 0"),
     (["--device=cuda"] if not torch.cuda.is_available() else ["--device=cuda:99"], "CUDA"),
     (["--backbone=resnet50"], "holds features of backbone resnet101"), (["--features=none.hdf5"], "make it with preprocessing.py"),
-    (["--config=none.yaml"], "could not be read"), (["--cache=device"], "--cache device: .* do not fit"),
+    (["--config=none.yaml"], "could not be read"), (["--cache=device"], "--cache device: this run has no GPU"),
     (["--cache=attic"], "invalid choice: 'attic'")])
 def test_mistakes(features, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
@@ -130,6 +130,20 @@ def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
     path = write_features(tmp_path / "f.hdf5", feature_arrays())
     with pytest.raises(UserError, match="holds split of other images: run preprocessing.py again"):
         train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--data_root", str(real_data)])
+
+
+def test_features_of_another_dataset_are_refused(tmp_path):
+    path = write_features(tmp_path / "f.hdf5", feature_arrays(), dataset="TOY")
+    with pytest.raises(UserError, match="holds features of dataset TOY, but the run asks for CUB: use the script of TOY"):
+        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path)])
+
+
+def test_missing_features_name_the_command_and_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data/CUB").mkdir(parents=True)
+    (tmp_path / "data/CUB/feature_map_efficientnet_lite2_CUB.hdf5").touch()
+    with pytest.raises(UserError, match=r"preprocessing.py --dataset CUB --backbone resnet101, .*there is feature_map_efficientnet"):
+        train_joint.main("CUB", "sun_gzsl.yaml", [])
 
 
 def test_published_row_stands_only_under_the_papers_data():
