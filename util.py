@@ -5,6 +5,7 @@ Upstream of everything: this module imports nothing of the project.
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import os
 import random
 import sys
@@ -67,6 +68,21 @@ def atomic_path(path: Path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, doing: str):
+    """Hold the lock file `path` for a block; whoever else wants it gets a UserError that says what is being done.
+
+    The lock is the system's (flock): it ends with its process however that dies, so that no stale one is left to clean up.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is {doing} (it holds {path}): wait for it, or stop it") from None
+        yield
 
 
 def sync_folder(folder: Path):
