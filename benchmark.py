@@ -170,7 +170,7 @@ class Workbench:
         self.seen, self.unseen = torch.arange(s.Cs, device=device), torch.arange(s.Cs, s.C, device=device)
         self.labels = self.seen[torch.randint(s.Cs, (s.B,), device=device)]
         self.scen = SCEN(torch.randn(s.K, s.d_v), self.att.cpu(), s.D).to(device)
-        self.optimizer = rmsprop(self.scen.parameters(), config)
+        self.optimizer = rmsprop(self.scen.parameters(), config.scen_lr, config)
         self.guide = global_classifier(s.D, config.distill_hidden, s.C).to(device)
         self.T = config.critic_iter
         self.x, self.y = rand(self.T + 1, s.B, s.D), self.seen[torch.randint(s.Cs, (self.T + 1, s.B), device=device)]
@@ -183,7 +183,7 @@ class Workbench:
         for name, optimizer in self.plain_eggn.optimizers.items():
             group = optimizer.param_groups[0]
             self.plain_eggn.optimizers[name] = torch.optim.Adam(group["params"], group["lr"], group["betas"])
-        self.scen.gen.fit_scaler(self.scen.embed(self.maps)[0])
+        self.scen.gen.scaler.fit(self.scen.embed(self.maps)[0])
 
 
 def training_stages(bench: Workbench, literal) -> list[Stage]:
@@ -191,7 +191,7 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
     s, config, eggn, draws, scen = bench.s, bench.config, bench.eggn, bench.draws, bench.scen
     T, R = bench.T, s.side**2
     distilled = global_classifier(s.D, config.distill_hidden, s.C).to(bench.device)
-    distill_optimizer = rmsprop(distilled.parameters(), config)
+    distill_optimizer = rmsprop(distilled.parameters(), config.scen_lr, config)
     maps_bytes = s.B * R * s.D * 4.0
     plain_rmsprop = lambda network: torch.optim.RMSprop(network.parameters(), lr=config.scen_lr,
                                                         weight_decay=config.scen_weight_decay, momentum=config.scen_momentum)

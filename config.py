@@ -23,12 +23,18 @@ def key(help, *, at_least=None, above=None, below=None, choices=None):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every hyperparameter of a run (symbols: paper and SPEC sections 3 to 7). Sizes that the data decides are not here."""
+    method: str = key("the row's name in result tables")
+    protocol: str = key("paper: epochs picked on the test set, as published; validated: on held-out classes of trainval",
+                        choices=("paper", "validated"))
+    val_share: float = key("share of each remaining seen class's images held out beside the val classes (validated)", above=0, below=1)
     seed: int = key("every random draw of the run follows from it", at_least=0, below=2**63)
     matmul_precision: str = key("highest: float32 products; high: TF32; medium: bfloat16, where the hardware has them",
                                 choices=("highest", "high", "medium"))
     # the features the run asks for
     backbone: str = key("network the feature maps must come from")
     img_size: int = key("image size the feature maps must come from, in pixels", above=0)
+    visual_features: str = key("what EGGN learns: dense, SCEN's dense-semantic features; cnn, the pooled feature maps (no SCEN)",
+                               choices=("dense", "cnn"))
     # stage 1: LEN + GEN
     batch_size: int = key("B, images of a class-balanced batch, in every stage", above=0)
     scen_iterations: int = key("iterations of stage 1", at_least=0)
@@ -40,6 +46,8 @@ class Config:
     compose_runtime: str = key("how the trained GEN composes the dense-semantic feature", choices=("avg", "mlp"))
     # stage 2: semantic distillation
     distill_iterations: int = key("iterations of stage 2", at_least=0)
+    distill_target: str = key("what the global classifier learns: logits, SCEN's local ones (semantic distillation); labels, "
+                              "trainval's", choices=("logits", "labels"))
     distill_hidden: int = key("hidden units of the distilled global classifier", above=0)
     # stage 3: EGGN
     nepoch: int = key("epochs of EGGN", at_least=0)
@@ -61,14 +69,25 @@ class Config:
     a2: float = key("weight of the feedback in synthesis", at_least=0)
     encoded_noise: bool = key("draw z from the encoder rather than from N(0, 1)")
     freeze_dec: bool = key("leave the decoder as it is in the generator's step")
+    use_decoder: bool = key("have the semantic decoder: its losses, and its part of the classifiers' input")
+    # joint schedule
+    scen_schedule: str = key("frozen: SCEN stands still while EGGN trains, as published; joint: it goes on learning",
+                             choices=("frozen", "joint"))
+    joint_lr: float = key("RMSprop learning rate of SCEN and the global classifier in stage 3 (joint)", above=0)
+    joint_every: int = key("one step of SCEN every so many iterations of EGGN (joint)", above=0)
+    joint_refresh: int = key("embed all images anew every so many iterations of EGGN (joint)", above=0)
+    joint_distill_iterations: int = key("distillation steps after each new embedding (joint)", at_least=0)
     # evaluation
     gzsl: bool = key("evaluate GZSL beside CZSL; best epochs are then picked by H")
     test_freq_epoch: int = key("evaluate every so many epochs", above=0)
     syn_num: int = key("synthetic features an unseen class", above=0)
     classifier_lr: float = key("Adam learning rate of the softmax classifiers", above=0)
     classifier_epochs: int = key("epochs of the softmax classifiers", above=0)
-    # logging
+    seen_bias: float = key("calibrated stacking: taken from the seen classes' logits in GZSL (0: off)")
+    # logging and checkpoints
     log_freq_iteration: int = key("log the losses of stages 1 and 2 every so many iterations", above=0)
+    log_figures: bool = key("draw t-SNE and attention maps at the end, into the run's folder and W&B")
+    checkpoint_every: int = key("save a checkpoint every so many iterations, beside those between stages", above=0)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -131,15 +150,41 @@ def unknown_key(name: str, where: str, others=()) -> UserError:
     return UserError(f"{where}: unknown key {name}; did you mean {nearest}?")
 
 
-def read_config(path: Path, overrides: dict[str, str]) -> Config:
-    """Config of a W&B YAML file with `overrides` (flag texts by key) laid over it.
+def read_config(paths: Path | list[Path], overrides: dict[str, str]) -> Config:
+    """Config of a W&B YAML file, or of several laid over each other, with `overrides` (flag texts by key) on top.
 
-    Raises UserError for an unreadable file, unknown, missing or repeated keys and values of the wrong type or range.
+    The first file holds every key, the others those they change (an ablation). Raises UserError for an unreadable file,
+    unknown, missing or repeated keys, values of the wrong type or range, and keys that contradict each other.
     """
+    base, *overlays = paths if isinstance(paths, list) else [paths]
+    values = read_values(base)
+    missing = [name for name in FIELDS if name not in values]
+    if missing:
+        raise UserError(f"config {base} lacks {', '.join(missing)}: a config holds every hyperparameter")
+    for path in overlays:
+        values |= read_values(path)
+    for name, text in overrides.items():
+        values[name] = parse_value(name, text, f"flag --{name}")
+    check_together(values)
+    return Config(**values)
+
+
+def check_together(values: dict):
+    """Raises UserError for values that are right each by itself and contradict each other."""
+    guided = values["rec_seen_cls_weight"] > 0 or values["gen_unseen_cls_weight"] > 0
+    if values["visual_features"] == "cnn" and (guided or values["scen_schedule"] == "joint"):
+        raise UserError("visual_features cnn has no SCEN to guide EGGN or to train on: set rec_seen_cls_weight and "
+                        "gen_unseen_cls_weight to 0 and scen_schedule to frozen")
+    if not values["use_decoder"] and (values["a1"] > 0 or values["a2"] > 0):
+        raise UserError("feedback comes from the semantic decoder: without it (use_decoder false) set a1 and a2 to 0")
+
+
+def read_values(path: Path) -> dict:
+    """The keys and checked values of one W&B YAML file; raises UserError as read_config does."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} could not be read: {error}") from None
+        raise UserError(f"config {path} could not be read ({getattr(error, 'strerror', None) or error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -153,12 +198,7 @@ def read_config(path: Path, overrides: dict[str, str]) -> Config:
         if not isinstance(entry, dict) or "value" not in entry:
             raise UserError(f"config {path}: {name} must be written `{name}: {{value: x}}`")
         values[name] = parse_value(name, entry["value"], f"config {path}")
-    missing = [name for name in FIELDS if name not in values]
-    if missing:
-        raise UserError(f"config {path} lacks {', '.join(missing)}: a config holds every hyperparameter")
-    for name, text in overrides.items():
-        values[name] = parse_value(name, text, f"flag --{name}")
-    return Config(**values)
+    return values
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -50,8 +50,8 @@ class Features:
     attribute_names: list[str]
     provenance: dict
 
-    def read(self, indices: np.ndarray) -> Tensor:
-        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
+    def raw(self, indices: np.ndarray) -> Tensor:
+        """The maps (n, D, h, w) of the images `indices`, as they stand in the file. Raises UserError for damaged data."""
         maps = torch.empty(len(indices), *self.shape)
         try:
             with h5py.File(self.path, "r") as file:
@@ -59,12 +59,27 @@ class Features:
                     file["feature_map"].read_direct(maps[row].numpy(), np.s_[int(index)])
         except (OSError, KeyError, RuntimeError) as error:
             raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
-        norms = position_norms(maps)
-        if not torch.isfinite(norms).all():
-            bad = (~torch.isfinite(norms).all(dim=1)).nonzero()[0].item()
+        return maps
+
+    def check_finite(self, values: Tensor, indices: np.ndarray):
+        """Raises UserError if a row of values (n, m), one an image, holds NaN or infinity."""
+        if not torch.isfinite(values).all():
+            bad = (~torch.isfinite(values).all(dim=1)).nonzero()[0].item()
             raise UserError(f"{self.path}: the feature map of image {indices[bad]} holds NaN or infinity: "
                             "run preprocessing.py again")
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
+        maps = self.raw(indices)
+        norms = position_norms(maps)
+        self.check_finite(norms, indices)
         return divide_positions(maps, norms)
+
+    def pooled(self, indices: np.ndarray) -> Tensor:
+        """The backbone's own visual features (n, D) of the images `indices`: their maps' means over positions."""
+        means = torch.cat([self.raw(piece).mean(dim=(2, 3)) for piece in np.array_split(indices, -(-len(indices) // READ_AT_ONCE) or 1)])
+        self.check_finite(means, indices)
+        return means
 
 
 def open_features(path: Path, backbone: str | None = None, img_size: int | None = None, dataset: str | None = None) -> Features:
@@ -289,9 +304,9 @@ class FeatureMaps:
                     ahead = reader.submit(self.take, table[row + 1])
                 yield positions.to(self.device, non_blocking=True), maps.to(self.device, non_blocking=True)
 
-    def batches(self, sampler: BalancedSampler, count: int):
-        """`count` class-balanced batches (positions (B,), maps (B, R, D)) on the device."""
-        return self.stream(sampler.draw(count))
+    def batches(self, sampler: BalancedSampler, count: int, skip: int = 0):
+        """`count` class-balanced batches (positions (B,), maps (B, R, D)) on the device, less the first `skip` of them."""
+        return self.stream(sampler.draw(count)[skip:])
 
     def in_order(self):
         """All maps, in order, in batches on the device."""

@@ -17,10 +17,11 @@ LOSSES = ("loss_Dec", "critic_real", "critic_fake", "penalty",
 class EGGN(nn.Module):
     """Encoder, generator, critic, decoder and feedback with their optimisers and the adaptive penalty weight lambda1.
 
-    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier (frozen: the guidance).
+    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier (frozen: the guidance), or None
+    where there is none (pooled CNN features).
     """
 
-    def __init__(self, channels: int, att: Tensor, global_cls: nn.Module, config: Config):
+    def __init__(self, channels: int, att: Tensor, global_cls: nn.Module | None, config: Config):
         super().__init__()
         K = att.shape[1]
         self.config = config
@@ -31,7 +32,8 @@ class EGGN(nn.Module):
         self.F = Feedback(config.ngh)
         self.register_buffer("att", att)
         self.register_buffer("lambda1", torch.tensor(config.lambda1, dtype=torch.float64))
-        self.guide = [global_cls.requires_grad_(False)]  # in a list: its weights are saved with SCEN, not here
+        # in a list: its weights are saved with SCEN, not here
+        self.guide = [global_cls.requires_grad_(False)] if global_cls else []
 
     def to(self, device):
         """Move the networks to the device and make their optimisers there (one kernel an update: fused)."""
@@ -67,9 +69,7 @@ class EGGN(nn.Module):
             fakes = self.G.output(h1)
         penalties = []
         for t in range(len(x)):
-            loss_Dec = config.recons_weight * weighted_l1(self.Dec(x[t]), a[t])
-            loss_Dec.backward()
-            self.step("Dec")
+            loss_Dec = self.decoder_step(x[t], a[t])
             fake = fakes[t]
             if feedback:
                 with torch.no_grad():
@@ -78,7 +78,16 @@ class EGGN(nn.Module):
             self.step("D")
             penalties.append(penalty)
         self.adapt_lambda1(torch.stack(penalties).mean())
-        return torch.stack([loss_Dec.detach(), real, score, penalty])
+        return torch.stack([loss_Dec, real, score, penalty])
+
+    def decoder_step(self, x: Tensor, a: Tensor) -> Tensor:
+        """One step of Dec on real features; returns its loss, 0 in a run without decoder."""
+        if not self.config.use_decoder:
+            return x.new_zeros(())
+        loss = self.config.recons_weight * weighted_l1(self.Dec(x), a)
+        loss.backward()
+        self.step("Dec")
+        return loss.detach()
 
     def adapt_lambda1(self, penalty: Tensor):
         """lambda1 grows by a tenth while the penalty is above 1.05 and shrinks while it is below 1.001; on the device."""
@@ -92,8 +101,9 @@ class EGGN(nn.Module):
         Returns (loss_vae, loss_rec_cls, loss_unseen_cls, loss_adv, loss_Dec_fake, loss_G), unweighted but for loss_G.
         """
         config, B, a = self.config, len(x), self.att[y]
+        trains_decoder = config.use_decoder and not config.freeze_dec
         self.D.requires_grad_(False)
-        self.Dec.requires_grad_(not config.freeze_dec)
+        self.Dec.requires_grad_(trains_decoder)
         z, mean, log_var = self.latent(x, a, eps)
         # reconstructions and generated unseen features share the generator's and the guide's matrix products
         h1 = self.G.hidden(torch.cat([z, noise]), torch.cat([a, self.att[unseen_y]]))
@@ -103,17 +113,18 @@ class EGGN(nn.Module):
             h1 = torch.cat([h1[:B] + config.a1 * self.F(decoder_hidden), h1[B:]])
         generated = self.G.output(h1)
         rec = generated[:B]
-        rec_logits, unseen_logits = self.guide[0](generated).split(B)
-        losses = torch.stack([vae_loss(rec, x, mean, log_var),
-                              F.cross_entropy(rec_logits, y),
-                              F.cross_entropy(unseen_logits, unseen_y),
-                              -self.D(rec, a).mean(),
-                              weighted_l1(self.Dec(rec), a)])
+        nothing = x.new_zeros(())
+        rec_cls, unseen_cls = nothing, nothing
+        if self.guide:
+            rec_logits, unseen_logits = self.guide[0](generated).split(B)
+            rec_cls, unseen_cls = F.cross_entropy(rec_logits, y), F.cross_entropy(unseen_logits, unseen_y)
+        losses = torch.stack([vae_loss(rec, x, mean, log_var), rec_cls, unseen_cls, -self.D(rec, a).mean(),
+                              weighted_l1(self.Dec(rec), a) if config.use_decoder else nothing])
         total = (config.vae_loss_weight * losses[0] + config.rec_seen_cls_weight * losses[1]
                  + config.gen_unseen_cls_weight * losses[2] + config.gammaG * losses[3]
                  + config.recons_weight * losses[4])
         total.backward()
-        self.step("E", "G", *(() if config.freeze_dec else ("Dec",)), *(("F",) if feedback else ()))
+        self.step("E", "G", *(("Dec",) if trains_decoder else ()), *(("F",) if feedback else ()))
         self.D.requires_grad_(True)
         self.Dec.requires_grad_(True)
         return torch.cat([losses.detach(), total.detach()[None]])
@@ -133,28 +144,23 @@ class EGGN(nn.Module):
         noise = torch.randn(len(y), self.att.shape[1], device=y.device)
         return torch.cat([self.synthesize(*piece) for piece in zip(y.split(1024), noise.split(1024))]), y
 
+    def classifier_input(self, x: Tensor) -> Tensor:
+        """What the softmax classifiers see of features x (n, D): [x ; Dec(x) ; hidden of Dec(x)], or x without decoder."""
+        return self.Dec.classifier_input(x) if self.config.use_decoder else x
 
-def train_epoch(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor, progress) -> dict[str, float]:
-    """One epoch of section 6's loop over cached features x (n, D) with labels y (n,).
 
-    sampler draws class-balanced batches; unseen (Cu,) the unseen labels; progress() is called once an iteration.
-    Returns the mean of every loss over the epoch, and lambda1. The device is read once, at the end.
+def train_iteration(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor, feedback: bool) -> Tensor:
+    """One iteration of section 6's loop over cached features x (n, D) with labels y (n,): critic steps, generator step.
+
+    sampler draws class-balanced batches; unseen (Cu,) the unseen labels. Returns LOSSES, on the device: nothing here
+    waits for it.
     """
-    config, device, K = eggn.config, x.device, eggn.att.shape[1]
-    B, T = sampler.batch_size, config.critic_iter
-    iterations = -(-len(x) // B)
-    sums = torch.zeros(len(LOSSES), device=device)
-    for loop in range(config.feedback_loop):
-        # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: the pass through it is left out
-        feedback = loop == 1 and config.a1 > 0
-        for batches in sampler.draw(iterations * (T + 1)).to(device).view(iterations, T + 1, B):
-            critic, generator = batches[:T], batches[T]
-            critic_losses = eggn.critic_steps(x[critic], y[critic], torch.randn(T, B, K, device=device),
-                                              torch.rand(T, B, 1, device=device), feedback)
-            unseen_y = unseen[torch.randint(len(unseen), (B,), device=device)]
-            generator_losses = eggn.generator_step(x[generator], y[generator], torch.randn(B, K, device=device),
-                                                   unseen_y, torch.randn(B, K, device=device), feedback)
-            sums += torch.cat([critic_losses, generator_losses])
-            progress()
-    means = (sums / (iterations * config.feedback_loop)).tolist()
-    return dict(zip(LOSSES, means)) | {"lambda1": eggn.lambda1.item()}
+    B, T, K, device = sampler.batch_size, eggn.config.critic_iter, eggn.att.shape[1], x.device
+    batches = sampler.draw(T + 1).to(device, non_blocking=True)
+    critic, generator = batches[:T], batches[T]
+    critic_losses = eggn.critic_steps(x[critic], y[critic], torch.randn(T, B, K, device=device),
+                                      torch.rand(T, B, 1, device=device), feedback)
+    unseen_y = unseen[torch.randint(len(unseen), (B,), device=device)]
+    generator_losses = eggn.generator_step(x[generator], y[generator], torch.randn(B, K, device=device),
+                                           unseen_y, torch.randn(B, K, device=device), feedback)
+    return torch.cat([critic_losses, generator_losses])

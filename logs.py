@@ -46,19 +46,22 @@ def git_commit() -> str | None:
 
 
 class Run:
-    """One training run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json and model.pt."""
+    """One training run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json and model.pt.
 
-    def __init__(self, dataset: str, config: Config, mode: str, root: Path):
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.name = f"{dataset}-{stamp}-{secrets.token_hex(3)}"
-        self.folder = root / self.name
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"the run's folder {self.folder} could not be made ({error.strerror}): name another place with --runs") from None
-        write_text(self.folder / "config.yaml", config_yaml(config))
-        self.metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)
-        settings = dict(project=PROJECT, name=self.name, dir=str(self.folder), config=dataclasses.asdict(config) | {"dataset": dataset})
+    folder: of a new run (`new_folder`) or of one to go on with; logged: bytes of its metrics.jsonl that belong to the
+    checkpoint it goes on from, what stands behind them is cut off and will be logged again.
+    """
+
+    def __init__(self, folder: Path, config: Config, dataset: str, mode: str, logged: int = 0):
+        self.folder = folder
+        if not (folder / "config.yaml").is_file():
+            write_text(folder / "config.yaml", config_yaml(config))
+        self.metrics = open(folder / "metrics.jsonl", "ab+")
+        self.metrics.truncate(logged)
+        self.metrics.seek(0)
+        self.lines = sum(1 for _ in self.metrics)
+        settings = dict(project=PROJECT, name=folder.name, id=folder.name, resume="allow", dir=str(folder),
+                        config=dataclasses.asdict(config) | {"dataset": dataset})
         try:
             self.wandb = wandb.init(mode=mode, **settings)
         except wandb.errors.Error as error:
@@ -67,8 +70,15 @@ class Run:
 
     def log(self, stage: str, values: dict):
         """One line of metrics.jsonl, and the same values to W&B."""
-        self.metrics.write(json.dumps({"stage": stage} | values) + "\n")
-        self.wandb.log(values)
+        self.metrics.write((json.dumps({"stage": stage} | values) + "\n").encode())
+        self.metrics.flush()
+        self.lines += 1
+        self.wandb.log(values, step=self.lines)
+
+    def sync(self) -> int:
+        """Make what is logged durable; returns its length in bytes."""
+        os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
 
     def save_weights(self, state: dict):
         """model.pt: tensors, numbers and texts only, so that torch.load(weights_only=True) reads it."""
@@ -76,11 +86,41 @@ class Run:
             torch.save(state, temporary)
 
     def finish(self, summary: dict):
-        """summary.json, W&B's summary, and the end of both."""
+        """summary.json, W&B's summary, and the end of both; the checkpoint has done its work."""
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         self.wandb.summary.update(summary)
         self.close(exit_code=0)
 
     def close(self, exit_code: int):
         self.metrics.close()
         self.wandb.finish(exit_code=exit_code)
+
+
+def new_folder(root: Path, dataset: str) -> Path:
+    """Make the folder of a new run; raises UserError where it cannot be made."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = root / f"{dataset}-{stamp}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} could not be made ({error.strerror}): name another place with --runs") from None
+    return folder
+
+
+def folder_to_resume(root: Path, dataset: str, name: str) -> Path:
+    """The folder of the run `name` (a path, or a folder in root), or of the last unfinished run of a dataset if it is "".
+
+    Raises UserError when there is none, or it is finished.
+    """
+    if not name:
+        unfinished = sorted(root.glob(f"{dataset}-*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        if not unfinished:
+            raise UserError(f"{root} has no unfinished run of {dataset} to resume")
+        return unfinished[-1].parent
+    folder = Path(name) if Path(name).is_dir() else root / name
+    if not folder.is_dir():
+        raise UserError(f"--resume {name}: there is no such run, here or in {root}")
+    if (folder / "summary.json").is_file():
+        raise UserError(f"--resume {name}: this run is finished, its numbers are in {folder / 'summary.json'}")
+    return folder

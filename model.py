@@ -44,6 +44,25 @@ class LEN(nn.Module):
         return attention.transpose(1, 2) @ maps
 
 
+class Scaler(nn.Module):
+    """Per-channel min-max scaler to [0, 1], fitted on trainval's features (section 5)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("minimum", torch.full((channels,), torch.inf))
+        self.register_buffer("maximum", torch.full((channels,), -torch.inf))
+
+    @torch.no_grad()
+    def fit(self, g: Tensor):
+        """Take each channel's range from the features g (n, D) of all of trainval."""
+        self.minimum, self.maximum = g.amin(dim=0), g.amax(dim=0)
+
+    def forward(self, g: Tensor) -> Tensor:
+        """g (n, D) scaled; features of other images than trainval's may fall outside [0, 1] and are not clipped."""
+        extent = self.maximum - self.minimum
+        return (g - self.minimum) / torch.where(extent == 0, 1.0, extent)
+
+
 class GEN(nn.Module):
     """Global embedding network (section 5): compresses the K local features of an image to one D-vector.
 
@@ -57,8 +76,7 @@ class GEN(nn.Module):
         self.compose = nn.Sequential(nn.Linear(attributes, attributes // 2), nn.LeakyReLU(0.01),
                                      nn.Linear(attributes // 2, 1))
         self.global_cls = nn.Linear(channels, classes)
-        self.register_buffer("minimum", torch.full((channels,), torch.inf))
-        self.register_buffer("maximum", torch.full((channels,), -torch.inf))
+        self.scaler = Scaler(channels)
 
     def compose_mlp(self, attention: Tensor, maps: Tensor) -> Tensor:
         """g_mlp (B, D) from A (B, R, K) and maps (B, R, D); the first layer is (M A) F^T, without h (section 10)."""
@@ -74,17 +92,6 @@ class GEN(nn.Module):
     def compose_at_runtime(self, attention: Tensor, maps: Tensor) -> Tensor:
         """The composition used once GEN is trained, unscaled (B, D)."""
         return {"avg": self.compose_avg, "mlp": self.compose_mlp}[self.compose_runtime](attention, maps)
-
-    @torch.no_grad()
-    def fit_scaler(self, g: Tensor):
-        """Widen the scaler's range of each channel by the features g (n, D); call it over all of trainval."""
-        self.minimum = torch.minimum(self.minimum, g.amin(dim=0))
-        self.maximum = torch.maximum(self.maximum, g.amax(dim=0))
-
-    def scale(self, g: Tensor) -> Tensor:
-        """g scaled to [0, 1] on trainval; features of other images may fall outside and are not clipped."""
-        extent = self.maximum - self.minimum
-        return (g - self.minimum) / torch.where(extent == 0, 1.0, extent)
 
 
 class SCENOutput(NamedTuple):
@@ -291,7 +298,10 @@ def weighted_l1(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def vae_loss(reconstruction: Tensor, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Binary cross entropy summed over D, plus KL(N(mean, exp(log_var)) || N(0, 1)), averaged over the batch."""
-    bce = F.binary_cross_entropy(reconstruction + 1e-12, x, reduction="sum")
+    """Binary cross entropy summed over D, plus KL(N(mean, exp(log_var)) || N(0, 1)), averaged over the batch.
+
+    torch's cross entropy aborts at NaN, on CUDA the whole process: NaN is kept from it, and the other losses tell of it.
+    """
+    bce = F.binary_cross_entropy(reconstruction.nan_to_num(0.5) + 1e-12, x, reduction="sum")
     kl = -0.5 * (1 + log_var - mean ** 2 - log_var.exp()).sum()
     return (bce + kl) / len(x)

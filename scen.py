@@ -4,15 +4,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
+from checkpoint import Checkpoint
 from config import Config
 from dataset import BalancedSampler, FeatureMaps
-from model import SCEN, global_classifier
+from model import SCEN
+from util import UserError, seed_stream
 
 
-def rmsprop(parameters, config: Config) -> torch.optim.Optimizer:
-    """The optimiser of stages 1 and 2 (section 5)."""
-    return torch.optim.RMSprop(parameters, lr=config.scen_lr, weight_decay=config.scen_weight_decay,
+def rmsprop(parameters, lr: float, config: Config) -> torch.optim.Optimizer:
+    """The optimiser of SCEN and of the global classifier (section 5)."""
+    return torch.optim.RMSprop(parameters, lr=lr, weight_decay=config.scen_weight_decay,
                                momentum=config.scen_momentum, foreach=True)
 
 
@@ -25,9 +28,9 @@ def scen_step(scen: SCEN, optimizer, maps: Tensor, labels: Tensor, seen: Tensor,
     return torch.stack([local.detach(), globally.detach()])
 
 
-def distill_step(classifier: nn.Module, optimizer, x: Tensor, local_logits: Tensor) -> Tensor:
-    """One step of stage 2: mean squared error of the classifier on x (B, D) against local logits S (B, C)."""
-    loss = F.mse_loss(classifier(x), local_logits)
+def distill_step(classifier: nn.Module, optimizer, x: Tensor, target: Tensor) -> Tensor:
+    """One step of stage 2 on x (B, D): mean squared error against local logits S (B, C), or cross entropy against labels (B,)."""
+    loss = (F.mse_loss if target.is_floating_point() else F.cross_entropy)(classifier(x), target)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -35,72 +38,119 @@ def distill_step(classifier: nn.Module, optimizer, x: Tensor, local_logits: Tens
 
 
 class LossMeter:
-    """Running sums of losses on the device, read (and so waited for) only when they are logged."""
+    """Losses of the steps since the last reading, kept on the device: they are waited for only when they are read.
 
-    def __init__(self, *names: str):
-        self.names, self.sums, self.count = names, 0.0, 0
+    where: the stage, in words, for the error that names the step and the term of a loss that is not finite.
+    """
+
+    def __init__(self, where: str, *names: str):
+        self.where, self.names, self.rows, self.first = where, names, [], 1
 
     def add(self, losses: Tensor):
-        self.sums, self.count = self.sums + losses, self.count + 1
+        """The next step's losses (len(names),)."""
+        self.rows.append(losses.reshape(-1))
+
+    def table(self) -> Tensor:
+        """The losses (steps, names) on the host. Raises UserError naming the first that is NaN or infinite."""
+        table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
+        if not torch.isfinite(table).all():
+            row, column = (~torch.isfinite(table)).nonzero()[0].tolist()
+            raise UserError(f"{self.where}, iteration {self.first + row}: {self.names[column]} is {table[row, column].item()}; "
+                            "lower the learning rates. The last checkpoint, from before, is kept")
+        return table
 
     def read(self) -> dict[str, float]:
-        """Means since the last read, by name."""
-        means = (self.sums / self.count).reshape(-1).tolist()
-        self.sums, self.count = 0.0, 0
-        return dict(zip(self.names, means))
+        """Means since the last reading, by name; nothing if there was no step."""
+        if not self.rows:
+            return {}
+        table = self.table()
+        self.rows, self.first = [], self.first + len(table)
+        return dict(zip(self.names, table.mean(dim=0).tolist()))
+
+    def state_dict(self) -> dict:
+        return {"rows": self.table(), "first": self.first}
+
+    def load_state_dict(self, state: dict):
+        self.rows, self.first = list(state["rows"]), state["first"]
 
 
 def fit_scen(scen: SCEN, maps: FeatureMaps, sampler: BalancedSampler, labels: Tensor, seen: Tensor,
-             config: Config, log, progress):
+             config: Config, checkpoint: Checkpoint, log):
     """Stage 1. maps: trainval's feature maps; labels (n,) of trainval and seen (Cs,) on the device.
 
-    log(iteration, losses) is called every `log_freq_iteration` iterations, progress() every iteration.
+    log(iteration, losses) is called every `log_freq_iteration` iterations. Raises UserError for a loss that is not finite.
     """
-    optimizer = rmsprop(scen.parameters(), config)
-    meter = LossMeter("loss_LEN", "loss_GEN")
-    for iteration, (positions, batch) in enumerate(maps.batches(sampler, config.scen_iterations), start=1):
+    optimizer = rmsprop(scen.parameters(), config.scen_lr, config)
+    meter = LossMeter("stage 1 (SCEN)", "loss_LEN", "loss_GEN")
+    checkpoint.track(scen_optimizer=optimizer, scen_losses=meter)
+    seed_stream(config.seed, "scen")
+    steps = checkpoint.steps("scen", config.scen_iterations, config.checkpoint_every, "iteration")
+    ahead = maps.batches(sampler, config.scen_iterations, skip=checkpoint.steps_done("scen"))
+    for iteration, (positions, batch) in zip(steps, ahead):
         meter.add(scen_step(scen, optimizer, batch, labels[positions], seen, config))
-        progress()
         if iteration % config.log_freq_iteration == 0 or iteration == config.scen_iterations:
             log(iteration, meter.read())
+    checkpoint.forget("scen_optimizer", "scen_losses")
 
 
 class Embedding(NamedTuple):
-    """What frozen SCEN says of a set of images, computed once. x (n, D) scaled dense-semantic features, S (n, C), y (n,)."""
+    """What EGGN sees of a set of images, computed once. x (n, D) scaled features, local logits S (n, C), y (n,)."""
     x: Tensor
     local_logits: Tensor
     y: Tensor
 
 
-def embed(scen: SCEN, maps: FeatureMaps, labels: Tensor, progress) -> tuple[Tensor, Tensor]:
+class Embeddings(dict):
+    """Split name -> Embedding, on a device; a part of checkpoints."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def state_dict(self) -> dict:
+        return {name: list(embedding) for name, embedding in self.items()}
+
+    def load_state_dict(self, state: dict):
+        self.update({name: Embedding(*(tensor.to(self.device) for tensor in tensors)) for name, tensors in state.items()})
+
+
+def embed(scen: SCEN, maps: FeatureMaps, progress) -> tuple[Tensor, Tensor]:
     """Unscaled g (n, D) and local logits S (n, C) of all images of `maps`, in order."""
     pieces = []
     for batch in maps.in_order():
         pieces.append(scen.embed(batch))
-        progress(len(batch))
-    features, logits = zip(*pieces)
-    return torch.cat(features), torch.cat(logits)
+        progress.update(len(batch))
+    g, S = zip(*pieces)
+    return torch.cat(g), torch.cat(S)
 
 
-def embed_splits(scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]], progress) -> dict[str, Embedding]:
+def embed_splits(scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]]) -> dict[str, Embedding]:
     """Fit the scaler on trainval and embed every split: the only pass over feature maps once SCEN is frozen.
 
     splits: name -> (feature maps, labels), with trainval among them.
     """
-    raw = {name: embed(scen, maps, labels, progress) for name, (maps, labels) in splits.items()}
-    scen.gen.fit_scaler(raw["trainval"][0])
-    return {name: Embedding(scen.gen.scale(g), S, splits[name][1]) for name, (g, S) in raw.items()}
+    total = sum(len(maps) for maps, _ in splits.values())
+    with tqdm(total=total, desc="dense-semantic features", unit="image", disable=None, leave=False) as progress:
+        raw = {name: embed(scen, maps, progress) for name, (maps, _) in splits.items()}
+    scen.gen.scaler.fit(raw["trainval"][0])
+    return {name: Embedding(scen.gen.scaler(g), S, splits[name][1]) for name, (g, S) in raw.items()}
 
 
-def distill(trainval: Embedding, sampler: BalancedSampler, config: Config, log, progress) -> nn.Module:
-    """Stage 2 on cached features: a fresh global classifier learns the local logits of all C classes by MSE."""
-    x, S, _ = trainval
-    classifier = global_classifier(x.shape[1], config.distill_hidden, S.shape[1]).to(x.device)
-    optimizer = rmsprop(classifier.parameters(), config)
-    meter = LossMeter("loss_distill")
-    for iteration, positions in enumerate(sampler.draw(config.distill_iterations).to(x.device), start=1):
-        meter.add(distill_step(classifier, optimizer, x[positions], S[positions]))
-        progress()
+def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler, config: Config, checkpoint: Checkpoint, log):
+    """Stage 2 on cached features: the global classifier learns the local logits of all C classes by MSE.
+
+    In the ablation distill_target: labels it learns trainval's labels by cross entropy, and so nothing of unseen classes.
+    """
+    x, S, y = trainval
+    optimizer = rmsprop(classifier.parameters(), config.scen_lr, config)
+    meter = LossMeter("stage 2 (distillation)", "loss_distill")
+    checkpoint.track(distill_optimizer=optimizer, distill_losses=meter)
+    seed_stream(config.seed, "distill")
+    batches = sampler.draw(config.distill_iterations).to(x.device)
+    for iteration in checkpoint.steps("distill", config.distill_iterations, config.checkpoint_every, "iteration"):
+        positions = batches[iteration - 1]
+        target = S[positions] if config.distill_target == "logits" else y[positions]
+        meter.add(distill_step(classifier, optimizer, x[positions], target))
         if iteration % config.log_freq_iteration == 0 or iteration == config.distill_iterations:
             log(iteration, meter.read())
-    return classifier
+    checkpoint.forget("distill_optimizer", "distill_losses")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import os
 import random
 import sys
@@ -105,6 +106,12 @@ def seed_everything(seed: int):
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_stream(seed: int, name: str, step: int = 0):
+    """Let torch draw (on every device) from the stream that belongs to the run's seed, a stage and a step of it."""
+    key = hashlib.blake2b(f"{seed} {name} {step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def pick_device(name: str | None) -> torch.device:

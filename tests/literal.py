@@ -30,7 +30,7 @@ def dense_features(scen, raw):
     """(scaled x (B, D), S (B, C)) of raw maps."""
     with torch.no_grad():
         _, h, _, S = scen_forward(scen, raw)
-        return scen.gen.scale(h.mean(dim=1)), S
+        return scen.gen.scaler(h.mean(dim=1)), S
 
 
 def generate(eggn, z, a, feedback):

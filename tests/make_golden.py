@@ -88,10 +88,10 @@ def write(path, seed=0, B=7, C=9, Cs=6, K=11, D=24, side=3, hidden=20, distill_h
     y = seen[torch.arange(n) % Cs]
     arrays = {"seen": seen, "unseen": unseen, "att": att, "w2v": w2v} | scen_part(scen, raw, seen[torch.randint(Cs, (B,))], seen)
     with torch.no_grad():
-        scen.gen.fit_scaler(literal.scen_forward(scen, maps)[1].mean(dim=1))
+        scen.gen.scaler.fit(literal.scen_forward(scen, maps)[1].mean(dim=1))
     x, S = literal.dense_features(scen, maps)
     test_x = literal.dense_features(scen, raw)[0]
-    arrays |= {"train/F": maps, "train/y": y, "train/min": scen.gen.minimum, "train/max": scen.gen.maximum, "train/x": x,
+    arrays |= {"train/F": maps, "train/y": y, "train/min": scen.gen.scaler.minimum, "train/max": scen.gen.scaler.maximum, "train/x": x,
                "train/local_logits": S, "test/x": test_x}
     classifier = global_classifier(D, distill_hidden, C)
     arrays |= distillation_part(classifier, x, S)

@@ -110,7 +110,7 @@ def check_scen(golden, config):
     for name, gradient in golden.group("scen/grad").items():
         golden.compare("scen gradients", parameters[SCEN_NAMES[name]].grad, gradient)
     scen = new()
-    optimizer = rmsprop(scen.parameters(), config)
+    optimizer = rmsprop(scen.parameters(), config.scen_lr, config)
     for _ in range(3):
         scen_step(scen, optimizer, maps, y, seen, config)
     golden.compare_changes("scen 3 steps", scen, SCEN_NAMES.get, "scen/param", "scen/param_after_3_steps")
@@ -121,14 +121,13 @@ def check_scaler(golden, scen):
     """The published run goes on from SCEN after its three steps."""
     load(scen, golden.group("scen/param_after_3_steps"), SCEN_NAMES.get)
     g, S = scen.embed(normalize_positions(golden["train/F"]))
-    for piece in g.split(16):
-        scen.gen.fit_scaler(piece)
-    golden.compare("scaler", scen.gen.minimum, golden["train/min"])
-    golden.compare("scaler", scen.gen.maximum, golden["train/max"])
-    golden.compare("dense features", scen.gen.scale(g), golden["train/x"])
+    scen.gen.scaler.fit(g)
+    golden.compare("scaler", scen.gen.scaler.minimum, golden["train/min"])
+    golden.compare("scaler", scen.gen.scaler.maximum, golden["train/max"])
+    golden.compare("dense features", scen.gen.scaler(g), golden["train/x"])
     golden.compare("dense features", S, golden["train/local_logits"])
     g, _ = scen.embed(normalize_positions(golden["scen/F"]))
-    golden.compare("dense features", scen.gen.scale(g), golden["test/x"])
+    golden.compare("dense features", scen.gen.scaler(g), golden["test/x"])
 
 
 def check_distillation(golden, config):
@@ -142,7 +141,7 @@ def check_distillation(golden, config):
     for name, gradient in golden.group("distil/grad").items():
         golden.compare("distillation gradients", parameters[name].grad, gradient)
     classifier = new()
-    optimizer = rmsprop(classifier.parameters(), config)
+    optimizer = rmsprop(classifier.parameters(), config.scen_lr, config)
     for _ in range(3):
         distill_step(classifier, optimizer, x, S)
     golden.compare_changes("distillation 3 steps", classifier, lambda name: name, "distil/param",

@@ -49,5 +49,5 @@ def test_softmax_classifier_learns_and_scores_every_epoch():
     x, y = torch.randn(200, 6), torch.arange(200) % 2
     x[:, 0] += 4 * y
     config = dataclasses.replace(CONFIG, classifier_lr=0.05, classifier_epochs=7, syn_num=30)
-    scores = fit_softmax(x, y, 2, config, lambda linear: per_class_accuracy(y, linear(x).argmax(dim=1), 2))
+    scores, _ = fit_softmax(x, y, 2, config, lambda linear: per_class_accuracy(y, linear(x).argmax(dim=1), 2))
     assert scores.shape == (7,) and scores[-1] > 0.95

@@ -64,8 +64,8 @@ def test_scen_equals_transcription(B, D, K, C, side):
                                   torch.autograd.grad(sum(theirs), list(scen.parameters()))):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     g, S = scen.embed(normalize_positions(raw))
-    scen.gen.fit_scaler(g)
-    torch.testing.assert_close((scen.gen.scale(g), S), literal.dense_features(scen, raw), rtol=1e-4, atol=1e-5)
+    scen.gen.scaler.fit(g)
+    torch.testing.assert_close((scen.gen.scaler(g), S), literal.dense_features(scen, raw), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [dict(a1=0.7), dict(a1=0.0), dict(a1=1.0, gammaD=10.0, gammaG=10.0, recons_weight=0.1),

@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
 import train_joint
 from config import read_config
 from model import SCEN, weighted_l1
-from train_joint import ResultTable
+from report import result_table
 from util import UserError
 
 LOSSES = {"loss_LEN", "loss_GEN", "loss_distill", "loss_Dec", "critic_real", "critic_fake", "penalty", "lambda1", "loss_vae",
@@ -30,7 +30,8 @@ def run(features, folder, *argv, **changes):
 
 def test_a_run_leaves_everything(features, tmp_path, capsys):
     folder, lines, summary, weights = run(features, tmp_path / "runs", a1=0.5, a2=0.5)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "model.pt", "summary.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".lock", "config.yaml", "metrics.jsonl", "model.pt", "seen_unseen_curve.csv", "summary.json"]
     assert read_config(folder / "config.yaml", {}).scen_iterations == 20
     keys = set().union(*lines)
     assert METRICS <= keys and LOSSES <= keys
@@ -43,7 +44,7 @@ def test_a_run_leaves_everything(features, tmp_path, capsys):
     assert set(weights) >= {"scen", "global_cls", "eggn"} and set(weights["scen"]) == set(
         SCEN(torch.zeros(11, 10), torch.zeros(9, 11), 24).state_dict())
     last = capsys.readouterr().out.splitlines()
-    assert last[-1].startswith("EGGN, best on test") and "published" not in "".join(last)
+    assert last[-2].startswith("EGGN, best on test") and last[-1].startswith("EGGN, last epoch, nothing picked") and "published" not in "".join(last)
 
 
 def test_one_seed_repeats_bit_for_bit_and_another_does_not(features, tmp_path):
@@ -88,7 +89,7 @@ def test_unusual_but_legal_settings(features, tmp_path, changes):
 def test_training_learns(tmp_path):
     """The made-up data carry their attributes linearly: classes must be told apart far above chance (1/9, unseen 1/3)."""
     path = write_features(tmp_path / "f.hdf5", feature_arrays(per_class=30, K=20, D=48))
-    _, _, summary, _ = run(path, tmp_path / "runs", scen_iterations=200, distill_iterations=300, nepoch=2, ngh=128, ndh=128,
+    _, _, summary, _ = run(path, tmp_path / "runs", scen_iterations=200, distill_iterations=300, nepoch=12, ngh=128, ndh=128,
                            syn_num=100, classifier_epochs=15, batch_size=18)
     assert summary["local_acc_seen"] > 60 and summary["global_acc_seen"] > 60 and summary["best_acc_zs"] > 50
 
@@ -147,9 +148,9 @@ def test_missing_features_name_the_command_and_what_is_there(tmp_path, monkeypat
 
 
 def test_published_row_stands_only_under_the_papers_data():
-    assert "75.1    64.1    73.6    68.5" in str(ResultTable("CUB", published=True))
-    assert "published" not in str(ResultTable("CUB", published=False)) and "not the paper's" in str(ResultTable("CUB", False))
-    assert "published" not in str(ResultTable("TOY", published=False))
+    assert "75.1    64.1    73.6    68.5" in result_table("CUB", True, [])
+    assert "published" not in result_table("CUB", False, []) and "not the paper's" in result_table("CUB", False, [])
+    assert "published" not in result_table("TOY", False, [])
 
 
 def test_weighted_l1_is_smooth_where_prediction_equals_target():
