@@ -127,7 +127,8 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
         return array(key, "ui", 1, "vector of whole numbers").astype(np.int64)
 
     def table(key):
-        return array(key, "fui", 2, "table of numbers").astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused
+            return array(key, "fui", 2, "table of numbers").astype(np.float32)
 
     def texts(key, fallback):
         if key not in datasets:
