@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import UserError, atomic_path, locked, remove_partials, require_space
+from util import UserError, atomic_path, locked, outlives, remove_partials, require_space
 from xlsa17 import Split, check_split
 
 REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
 # what h5py raises over damaged bytes
 DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, AttributeError, IndexError)
 TEXTS = ("allclasses_names", "attribute_names")
+PATIENCE = 120  # seconds that opening a file may take
 LARGEST = 1 << 28  # elements of an array that is read in one piece: a few hostile bytes can promise any number
 READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
 
@@ -81,9 +82,20 @@ def open_features(path: Path, backbone: str | None = None, img_size: int | None 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: make it with preprocessing.py, or name it with --features")
+    wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
+
+    def probe():
+        """What HDF5 itself reads, the whole index of the maps among it: over damaged bytes it may crash, or go round in circles."""
+        with h5py.File(path, "r") as file:
+            check_features(path, file, wanted)
+            maps = file["feature_map"]
+            return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
+
+    if not outlives(probe, PATIENCE):
+        raise UserError(f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again")
     try:
         with h5py.File(path, "r") as file:
-            return check_features(path, file, {"backbone": backbone, "img_size": img_size, "dataset": dataset})
+            return check_features(path, file, wanted)
     except DAMAGE as error:
         raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -147,6 +148,20 @@ def take_lock(path: Path, doing: str, wait: bool):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
         file.close()  # its holder was done and removed it: take a new one
+
+
+def outlives(action, seconds: int) -> bool:
+    """Whether `action()` ends within `seconds` without killing its process, tried in a forked one; what it raises does not matter."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang in a C library hears no Python handler
+            signal.alarm(seconds)
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0
 
 
 def sync_folder(folder: Path):

@@ -182,7 +182,7 @@ def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split
     mat = read_mat(path, LOCATIONS + ("att", "original_att", "allclasses_names"), optional=("train_loc", "val_loc"))
     trainval, test_seen, test_unseen = (index_vector(mat[key], f"{path}: {key}") for key in LOCATIONS)
     # the trap of section 2: in the common release these two reach into test_seen
-    train, val = (np.intersect1d(index_vector(optional[key], f"{path}: {key}"), trainval) if key in mat else None
+    train, val = (np.intersect1d(index_vector(mat[key], f"{path}: {key}"), trainval) if key in mat else None
                   for key in ("train_loc", "val_loc"))
     split = check_split(Split(labels, trainval, test_seen, test_unseen, class_table(mat["att"], f"{path}: att"),
                               class_table(mat["original_att"], f"{path}: original_att"), train, val), path)
