@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import fcntl
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -155,6 +157,8 @@ def outlives(action, seconds: int) -> bool:
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
+            faulthandler.disable()  # the crash is reported by us
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang in a C library hears no Python handler
             signal.alarm(seconds)
             for stream in (1, 2):
@@ -227,7 +231,6 @@ def keep_freed_memory():
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
     """Peak resident memory of this process and, on CUDA, of its tensors, in GB (10^9 bytes)."""
-    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
     if device.type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import scipy.io
 
-from util import UserError
+from util import UserError, outlives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ LAYOUTS = {
                    (37322, 50, 40, 85, 23527, 5882, 7913), "dca72b876c46", (78.2, 60.9, 89.3, 72.4)),
     "TOY": Layout("images", "images", ("attributes.txt",)),
 }
+PATIENCE = 120  # seconds that reading a .mat file may take
 LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
 
 
@@ -140,8 +141,11 @@ def read_mat(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) 
     """The arrays `keys` of a .mat file, and those of `optional` that it has. Raises UserError if it is missing, unreadable or lacks one."""
     if not path.is_file():
         raise UserError(f"{path} is missing: unpack xlsa17.zip so that it lies there (data root / xlsa17/data/...)")
+    read = lambda: scipy.io.loadmat(path, variable_names=keys + optional)
+    if not outlives(read, PATIENCE):  # scipy's C code can crash over damaged bytes
+        raise UserError(f"{path} is damaged, scipy crashed or hung over it: download it again")
     try:
-        content = scipy.io.loadmat(path, variable_names=keys + optional)
+        content = read()
     except Exception as error:  # scipy raises many kinds over a damaged file
         raise UserError(f"{path} is not a readable .mat file ({error}): download it again") from None
     lacking = [key for key in keys if key not in content]
