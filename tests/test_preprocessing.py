@@ -220,11 +220,10 @@ def start(folder, root, *more, part=4, environment=()):
                             env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment), stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("compression", [[], ["-c"]])
-def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path, compression):
+def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path):
     folders = tmp_path / "whole", tmp_path / "killed"
-    assert start(folders[0], toy_root, *compression).wait() == 0
-    process = start(folders[1], toy_root, *compression)
+    assert start(folders[0], toy_root).wait() == 0
+    process = start(folders[1], toy_root)
     deadline = time.time() + 60
     while len(list(folders[1].glob("*.parts-*/0*.hdf5"))) < 3 and time.time() < deadline:
         time.sleep(0.001)
@@ -233,7 +232,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path, compre
     assert not (folders[1] / "maps.hdf5").exists()
     kept = {path: path.stat().st_mtime_ns for path in folders[1].glob("*.parts-*/0*.hdf5")}
     assert len(kept) >= 3
-    process = start(folders[1], toy_root, *compression)
+    process = start(folders[1], toy_root)
     output, _ = process.communicate()
     assert process.returncode == 0 and f"{4 * len(kept)} of 35 images are done already" in output
     assert [path.name for path in folders[1].iterdir()] == ["maps.hdf5"]
