@@ -5,6 +5,7 @@ when it is read, not in every step.
 """
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import UserError, atomic_path
+from util import UserError, atomic_path, locked, outlives, remove_partials, require_space
 from xlsa17 import Split, check_split
 
 REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
+# what h5py raises over damaged bytes
+DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, AttributeError, IndexError)
+TEXTS = ("allclasses_names", "attribute_names")
+PATIENCE = 120  # seconds that opening a file may take
+LARGEST = 1 << 28  # elements of an array that is read in one piece: a few hostile bytes can promise any number
 READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
 
 
@@ -57,7 +63,7 @@ class Features:
             with h5py.File(self.path, "r") as file:
                 for row, index in enumerate(indices):
                     file["feature_map"].read_direct(maps[row].numpy(), np.s_[int(index)])
-        except (OSError, KeyError, RuntimeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
         return maps
 
@@ -91,11 +97,34 @@ def open_features(path: Path, backbone: str | None = None, img_size: int | None 
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing: make it with preprocessing.py, or name it with --features")
+    wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
+
+    def probe():
+        """What HDF5 itself reads, the whole index of the maps among it: over damaged bytes it may crash, or go round in circles."""
+        with h5py.File(path, "r") as file:
+            check_features(path, file, wanted)
+            maps = file["feature_map"]
+            return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
+
+    if not outlives(probe, PATIENCE):
+        raise UserError(f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again")
     try:
         with h5py.File(path, "r") as file:
-            return check_features(path, file, {"backbone": backbone, "img_size": img_size, "dataset": dataset})
-    except (OSError, KeyError, RuntimeError) as error:  # h5py raises all three over damaged bytes
+            return check_features(path, file, wanted)
+    except DAMAGE as error:
         raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
+
+
+def open_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
+    """The dataset `key`, which must lie in this file: links, external storage and virtual datasets could show any other file's bytes."""
+    if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
+        raise UserError(f"{path}: {key} is a link or a group, expected a dataset in the file itself")
+    dataset = file[key]
+    if dataset.external or dataset.is_virtual:
+        raise UserError(f"{path}: {key} is stored in other files; a feature file holds all of its data")
+    if math.prod(dataset.shape[1:] if key == "feature_map" else dataset.shape or ()) > LARGEST:
+        raise UserError(f"{path}: {key} is of shape {dataset.shape}, which cannot be true")
+    return dataset
 
 
 def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
@@ -103,7 +132,10 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
     lacking = [key for key in REQUIRED if key not in file]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}: it is not a feature file; make one with preprocessing.py")
-    provenance = dict(file.attrs)
+    datasets = {key: open_dataset(path, file, key) for key in (*REQUIRED, "train_loc", "val_loc", *TEXTS) if key in file}
+    # texts and numbers; whatever else an attribute can be is not ours
+    provenance = {name: value.item() if isinstance(value, np.generic) else value for name, value in file.attrs.items()
+                  if isinstance(value, (str, np.integer, np.floating))}
     for name, value in wanted.items():
         if value is not None and name in provenance and provenance[name] != value:
             remedy = f"use the script of {provenance[name]}" if name == "dataset" else f"give --{name} {provenance[name]}"
@@ -112,21 +144,30 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
     if "backbone" not in provenance:
         print(f"{path} does not say what made it: taken for {wanted['backbone']} features at {wanted['img_size']} px")
 
+    def array(key, kinds, dimensions, what):
+        dataset = datasets[key]
+        if dataset.dtype.kind not in kinds or dataset.ndim != dimensions:
+            raise UserError(f"{path}: {key} must be a {what}, it is {dataset.dtype} {dataset.shape}")
+        return dataset[()]
+
     def indices(key):
-        array = file[key][()]
-        if array.dtype.kind not in "ui" or array.ndim != 1:
-            raise UserError(f"{path}: {key} must be a vector of whole numbers, it is {array.dtype} {array.shape}")
-        return array.astype(np.int64)
+        return array(key, "ui", 1, "vector of whole numbers").astype(np.int64)
 
     def table(key):
-        array = file[key][()]
-        if array.dtype.kind not in "fui" or array.ndim != 2:
-            raise UserError(f"{path}: {key} must be a table of numbers, it is {array.dtype} {array.shape}")
-        return array.astype(np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused
+            return array(key, "fui", 2, "table of numbers").astype(np.float32)
 
-    att, w2v, maps = table("att"), table("w2v_att"), file["feature_map"]
+    def texts(key, fallback):
+        if key not in datasets:
+            return fallback
+        names = [text.decode(errors="replace") for text in array(key, "OS", 1, "list of texts") if isinstance(text, bytes)]
+        if len(names) != len(fallback):
+            raise UserError(f"{path}: {key} holds {len(names)} texts, expected {len(fallback)}")
+        return names
+
+    att, w2v, maps = table("att"), table("w2v_att"), datasets["feature_map"]
     labels = indices("labels")
-    if maps.ndim != 4 or maps.dtype.kind != "f" or len(maps) != len(labels):
+    if maps.ndim != 4 or maps.dtype.kind != "f" or len(maps) != len(labels) or 0 in maps.shape:
         raise UserError(f"{path}: feature_map is {maps.dtype} {maps.shape}, expected floats ({len(labels)}, D, h, w), "
                         "as many as labels")
     if len(w2v) != att.shape[1]:
@@ -136,19 +177,16 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
         raise UserError(f"{path}: w2v_att holds NaN or infinity")
     trainval = indices("trainval_loc")
     # other writers keep xlsa17's train_loc and val_loc, which reach into test_seen (section 2)
-    optional = {name: np.intersect1d(indices(f"{name}_loc"), trainval) if f"{name}_loc" in file else None
+    optional = {name: np.intersect1d(indices(f"{name}_loc"), trainval) if f"{name}_loc" in datasets else None
                 for name in ("train", "val")}
     split = check_split(Split(labels, trainval, indices("test_seen_loc"), indices("test_unseen_loc"),
                               att, table("original_att"), **optional), path)
     if provenance.get("split_fingerprint", split.fingerprint) != split.fingerprint:
         raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
                         f"{provenance['split_fingerprint']}: it was changed afterwards; run preprocessing.py again")
-
-    def texts(key, fallback):
-        return [text.decode() for text in file[key][()]] if key in file else fallback
-
-    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None, texts("allclasses_names", [f"class {c}" for c in range(len(att))]),
-                    texts("attribute_names", [f"attribute {k}" for k in range(len(w2v))]), provenance)
+    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None,
+                    texts(TEXTS[0], [f"class {c}" for c in range(len(att))]),
+                    texts(TEXTS[1], [f"attribute {k}" for k in range(len(w2v))]), provenance)
 
 
 class BalancedSampler:
@@ -235,13 +273,25 @@ class FlatCache:
         stat = features.path.stat()
         made_from = repr((stat.st_size, stat.st_mtime_ns, features.split.fingerprint)).encode() + indices.tobytes()
         self.path = features.path.with_name(f"{features.path.name}.{hashlib.sha256(made_from).hexdigest()[:12]}.cache")
-        if not self.path.is_file() or self.path.stat().st_size != len(indices) * self.image_bytes:
-            with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
-                for maps in read_pieces(features, indices):
-                    file.write(maps.numpy().data)
-                    progress(len(maps))
+        self.size = len(indices) * self.image_bytes
+        if not self.is_whole():
+            with locked(self.path.with_name(f".{self.path.name}.lock"), f"writing {self.path}", wait=True):
+                if not self.is_whole():  # whoever held the lock may have written it
+                    self.write(features, indices, progress)
         self.file = open(self.path, "rb", buffering=0)
         self.readers = ThreadPoolExecutor(max_workers=4)
+
+    def is_whole(self) -> bool:
+        return self.path.is_file() and self.path.stat().st_size == self.size
+
+    def write(self, features: Features, indices: np.ndarray, progress):
+        """Make the file; the lock is held."""
+        remove_partials(self.path.parent, self.path.name)
+        require_space(self.path.parent, self.size, f"the cache {self.path.name}")
+        with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
+            for maps in read_pieces(features, indices):
+                file.write(maps.numpy().data)
+                progress(len(maps))
 
     def take(self, positions: Tensor) -> Tensor:
         """Maps (B, R, D), read by several threads."""

@@ -5,10 +5,12 @@
 Reads the data root's images and xlsa17 (SPEC section 2), writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3).
 """
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import time
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -22,10 +24,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backbones import Pixels, build_backbone, image_transform
-from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, pick_device
+from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, pick_device
 from w2v import attribute_vectors
 from writer import FILTERS, Parts, write_annotations
 from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
+
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # Pillow knows more, and would run Ghostscript on EPS
+LONGEST = 50  # times an image's shorter side
 
 
 class Unreadable(str):
@@ -43,8 +49,12 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         try:
-            with Image.open(self.paths[index]) as image:
-                return self.transform(image.convert("RGB"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(self.paths[index], formats=FORMATS) as image:
+                    if max(image.size) > LONGEST * min(image.size):  # resizing would make a bomb of it
+                        raise ValueError(f"it is {image.width} x {image.height} pixels, no photograph")
+                    return self.transform(image.convert("RGB"))
         except Exception as error:  # PIL raises many kinds over a damaged file
             return Unreadable(f"{self.paths[index]} is not a readable image ({error}): restore it from the dataset")
 
@@ -62,15 +72,37 @@ def check_images(root: Path, tails: list[str]):
                         f"{', '.join(missing[:3])}: unpack the dataset again")
 
 
-def forward(pixels, backbone, batches, device: torch.device, precision: torch.dtype):
+class Backbone:
+    """Images (B, 3, S, S) uint8 -> maps (B, D, h, w) float32 on the device, in fewer images at once where its memory is too small."""
+
+    def __init__(self, pixels: Pixels, network, device: torch.device, precision: torch.dtype, at_once: int):
+        self.pixels, self.network = pixels.to(device), network.to(device, memory_format=torch.channels_last)
+        self.device, self.precision, self.at_once = device, precision, at_once
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        while True:
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                pieces = [self.maps(piece) for piece in images.split(self.at_once)]
+                return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            if self.at_once == 1:
+                raise UserError("the GPU's memory is too small for one image: use a smaller --img_size, or --device cpu")
+            self.at_once = (min(self.at_once, len(images)) + 1) // 2
+            torch.cuda.empty_cache()
+            print(f"the GPU's memory is full: going on with {self.at_once} images at once", flush=True)
+
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        images = self.pixels(images.to(self.device, non_blocking=True, memory_format=torch.channels_last))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
+            return self.network(images).float()
+
+
+def forward(backbone, batches):
     """Maps (B, D, h, w) float32 on the host of each batch of images; the device already works on the next one meanwhile."""
     waiting = None
     for images in batches:
         if isinstance(images, Unreadable):
             raise UserError(images)
-        images = pixels(images.to(device, non_blocking=True, memory_format=torch.channels_last))
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            maps = backbone(images).float()
+        maps = backbone(images)
         if waiting is not None:
             yield to_host(*waiting)
         waiting = maps, torch.isfinite(maps).all()
@@ -84,25 +116,28 @@ def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
     return maps.cpu().contiguous().numpy()
 
 
-def extract(pixels: Pixels, backbone, images: Images, parts: Parts, device: torch.device, options) -> float:
+def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
     todo = parts.missing(*rank_of_ranks())
     batches = [list(parts.rows(start))[at:at + options.batch_size] for start in todo
                for at in range(0, len(parts.rows(start)), options.batch_size)]
     loader = DataLoader(images, batch_sampler=batches, num_workers=options.num_workers, collate_fn=collate,
-                        pin_memory=device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
-    pixels, backbone = pixels.to(device), backbone.to(device, memory_format=torch.channels_last)
+                        pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
     # float32 means float32: cuDNN would use TF32 unasked
     torch.backends.cudnn.allow_tf32 = False
-    precision = getattr(torch, options.precision)
     count, began = sum(map(len, batches)), time.perf_counter()
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already"
               + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
     with torch.inference_mode(), tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar:
-        maps = forward(pixels, backbone, loader, device, precision)
-        for start in todo:
-            parts.make(start, progressing(bar, maps, -(-len(parts.rows(start)) // options.batch_size)))
+        maps = forward(backbone, loader)
+        try:
+            for start in todo:
+                parts.make(start, progressing(bar, maps, -(-len(parts.rows(start)) // options.batch_size)))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(f"a decoding process was killed ({error}): is memory short? Run again with fewer --num_workers") from None
     return count / (time.perf_counter() - began)
 
 
@@ -125,12 +160,25 @@ def device_of_rank() -> str | None:
     return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
-def wait_for_all_ranks():
-    """Return once every rank has come here; they may be hours apart."""
-    if rank_of_ranks()[1] > 1:
+@contextlib.contextmanager
+def sole_job(output: Path):
+    """Hold the output's lock, rank 0 of a `torchrun` for all its ranks. Raises UserError if another job is making the same file."""
+    rank, ranks = rank_of_ranks()
+    if ranks > 1:
         distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        distributed.barrier()
+    with locked(output.with_name(f".{output.name}.lock"), f"making {output}") if rank == 0 else contextlib.nullcontext():
+        yield
+    if ranks > 1:
         distributed.destroy_process_group()
+
+
+def wait_for_all_ranks():
+    """Return once every rank has come here; they may be hours apart. Raises UserError if one ended before."""
+    if rank_of_ranks()[1] > 1:
+        try:
+            distributed.barrier()
+        except RuntimeError:
+            raise UserError("another rank ended before its work was done: see what it said, and run again") from None
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -172,7 +220,7 @@ def main(argv=None):
     check_images(data_root / dataset, tails)
     names = read_attribute_names(data_root, dataset, split.att.shape[1])
     w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])
-    backbone, provenance = build_backbone(options.backbone, options.weights, options.img_size)
+    network, provenance = build_backbone(options.backbone, options.weights, options.img_size)
     pixels = Pixels(options.backbone)
     transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
     provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform, "precision": options.precision,
@@ -181,15 +229,21 @@ def main(argv=None):
                                            "h5py": h5py.__version__, "pillow": Image.__version__})}
     images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))
     parts = Parts(output, images.paths, options.compression, provenance | {"batch_size": options.batch_size})
-    try:
-        speed = extract(pixels, backbone, images, parts, device, options)
-    finally:
-        parts.remove_if_empty()
-    wait_for_all_ranks()
-    if rank_of_ranks()[0] == 0:
-        parts.join(lambda file: write_annotations(file, split, w2v, class_names, names, tails, provenance | {"w2v": w2v_source}))
-        print(f"wrote {output}: {len(tails)} feature maps of {options.backbone} ({provenance['weights']}), "
-              f"{output.stat().st_size / 1e9:.2f} GB, {speed:.1f} images/s on {device}")
+    with sole_job(output):
+        if rank_of_ranks()[0] == 0:
+            with torch.inference_mode():
+                parts.prepare(network(torch.zeros(1, 3, options.img_size, options.img_size)).shape[1:])
+        wait_for_all_ranks()
+        backbone = Backbone(pixels, network, device, getattr(torch, options.precision), options.batch_size)
+        try:
+            speed = extract(backbone, images, parts, options)
+        finally:
+            parts.remove_if_empty()
+        wait_for_all_ranks()
+        if rank_of_ranks()[0] == 0:
+            parts.join(lambda file: write_annotations(file, split, w2v, class_names, names, tails, provenance | {"w2v": w2v_source}))
+            print(f"wrote {output}: {len(tails)} feature maps of {options.backbone} ({provenance['weights']}), "
+                  f"{output.stat().st_size / 1e9:.2f} GB, {speed:.1f} images/s on {device}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import scipy.io
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from util import FlagParser, UserError, exit_on_user_error
+from util import FlagParser, UserError, exit_on_user_error, make_folder
 
 VERSION = 1  # raise it when the pictures or the files change: `render` then replaces older ones
 
@@ -378,7 +378,7 @@ def render(data_root: Path, seed: int = 0, classes: int = 50, images_per_class: 
         "res101.mat": dict(image_files=paths, labels=labels[:, None].astype(np.uint8)),
         "att_splits.mat": dict(att=att, original_att=percents.T, allclasses_names=cells, **splits),
     }
-    mats.mkdir(parents=True, exist_ok=True)
+    make_folder(mats)
     # Two drafts, each on the disk of what it replaces, so that files move into place whole.
     draft = partial(TemporaryDirectory, prefix="TOY.partial-")
     with draft(dir=data_root) as work, draft(dir=mats.parent) as work_mats:
@@ -408,10 +408,12 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=50, help="seen and unseen ones together")
     parser.add_argument("--unseen", type=int, default=10, help="how many of the classes are unseen")
     parser.add_argument("--images_per_class", type=int, default=40)
+    options = parser.parse_args()
     try:
-        render(**vars(parser.parse_args()))
+        render(**vars(options))
     except OSError as error:  # a full or read-only disk
-        raise UserError(str(error)) from error
+        raise UserError(f"TOY could not be written below {options.data_root} ({error.strerror or error}): free some disk space or name "
+                        "another --data_root") from error
 
 
 if __name__ == "__main__":

@@ -5,10 +5,16 @@ Upstream of everything: this module imports nothing of the project.
 import argparse
 import contextlib
 import ctypes
+import errno
+import faulthandler
 import fcntl
 import hashlib
 import os
 import random
+import re
+import resource
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +23,14 @@ import torch
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what was wrong, where, and what to do."""
+    """Something the user can put right; the message says what was wrong, where, and what to do.
+
+    It is one line of printable characters, whatever a stranger's file or a library put into it.
+    """
+
+    def __str__(self):
+        line = re.sub(r"\s*[\r\n]\s*", " ", super().__str__().strip())
+        return "".join(character if character.isprintable() else "?" for character in line)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -31,30 +44,35 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def exit_on_user_error(main):
-    """Run `main()`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Run `main()`; a UserError (or a disk's, a folder's own error) becomes one line on stderr and exit status 2, Ctrl-C status 130."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError) as error:
+        print(f"error: {UserError(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
+def make_folder(folder: Path):
+    """The folder and those above it; raises UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {folder} could not be made ({error.strerror}): name another place") from None
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path):
+def atomic_path(path: Path, advice: str = "free some disk space or name another place"):
     """Yield a temporary path beside `path`; on success fsync it and rename it to `path`, on failure remove it.
 
     Whoever looks at `path` sees the old file, or the whole new one, never a part.
-    Raises UserError when the folder cannot be written or the disk is full.
+    Raises UserError, with the advice, when the folder cannot be written or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path.parent} could not be made ({error.strerror}): name another place") from None
+    make_folder(path.parent)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -64,26 +82,91 @@ def atomic_path(path: Path):
     except OSError as error:
         if error.filename is not None and Path(error.filename) not in (temporary, path, path.parent):
             raise
-        raise UserError(f"{path} could not be written ({error.strerror or error}): "
-                        "free some disk space or name another place") from error
+        raise UserError(f"{path} could not be written ({error.strerror or error}): {advice}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-@contextlib.contextmanager
-def locked(path: Path, doing: str):
-    """Hold the lock file `path` for a block; whoever else wants it gets a UserError that says what is being done.
+def remove_partials(folder: Path, name: str | None = None):
+    """Remove what killed processes left of the file `name` in `folder` (of every file). Hold the lock under which alone it is written."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        final, found, _ = file.name.rpartition(".partial-")
+        if found and final.startswith(".") and name in (None, final[1:]):
+            file.unlink(missing_ok=True)
 
-    The lock is the system's (flock): it ends with its process however that dies, so that no stale one is left to clean up.
+
+def require_space(folder: Path, needed: float, what: str):
+    """Raises UserError if the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir())).free
+    if needed > free:
+        raise UserError(f"{what} will take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are free: "
+                        "free some disk space or name another place")
+
+
+HELD = set()  # lock files of this process
+# a forked helper (a DataLoader's worker) would hold a lock for seconds after its parent was killed
+os.register_at_fork(after_in_child=lambda: [file.close() for file in HELD])
+
+
+@contextlib.contextmanager
+def locked(path: Path, doing: str, wait: bool = False):
+    """Hold the lock file `path` for a block. Whoever else wants it waits, or gets a UserError that says what is being done.
+
+    The lock is the system's (flock): it ends with its process however that dies. The file is removed by who holds it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    make_folder(path.parent)
+    file = take_lock(path, doing, wait)
+    HELD.add(file)
+    try:
+        yield
+    finally:
+        HELD.discard(file)
+        with contextlib.suppress(OSError):
+            path.unlink()  # before it is let go: nobody else can hold it
+        file.close()
+
+
+def take_lock(path: Path, doing: str, wait: bool):
+    """The open file of a lock that is ours."""
+    while True:
+        try:
+            file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path} could not be made ({error.strerror}): name another place") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another process is {doing} (it holds {path}): wait for it, or stop it") from None
-        yield
+            if not wait:
+                file.close()
+                raise UserError(f"another process is {doing} (it holds {path}): wait for it, or stop it") from None
+            print(f"another process is {doing}: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            print(f"the disk of {path.parent} has no locks: let no other process work on the same file")
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder was done and removed it: take a new one
+
+
+def outlives(action, seconds: int) -> bool:
+    """Whether `action()` ends within `seconds` without killing its process, tried in a forked one; what it raises does not matter."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            faulthandler.disable()  # the crash is reported by us
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang in a C library hears no Python handler
+            signal.alarm(seconds)
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0
 
 
 def sync_folder(folder: Path):
@@ -155,7 +238,6 @@ def keep_freed_memory():
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
     """Peak resident memory of this process and, on CUDA, of its tensors, in GB (10^9 bytes)."""
-    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
     if device.type == "cuda":

@@ -3,7 +3,9 @@
 No file is ever given a chance to run code: pickles are read by an unpickler that knows numpy arrays and nothing else.
 """
 import hashlib
+import io
 import pickle
+import pickletools
 import re
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from util import UserError
 # words of CUB that word2vec-google-news-300 lacks, and what stands for them (SPEC section 2)
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}
 GAUSSIAN_LENGTH = 300
+LONGEST = 10_000  # numbers of a vector, bytes of a word
 
 
 def attribute_words(name: str) -> list[str]:
@@ -25,21 +28,65 @@ def attribute_words(name: str) -> list[str]:
     return [part for word in words for part in REPLACEMENTS.get(word.lower(), word).split()]
 
 
+class PickledDtype:
+    """Stands for numpy.dtype while a pickle is read: takes note of the type and its byte order, and makes nothing."""
+
+    def __init__(self, kind: str, *flags):
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+    def real(self) -> np.dtype:
+        if not re.fullmatch(r"[fiu][1248]", self.kind) or self.order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it holds {self.kind!r}, not numbers")
+        return np.dtype(self.order + self.kind)
+
+
+class PickledArray:
+    """Stands for numpy.ndarray while a pickle is read; numpy itself would believe a hostile file's types and sizes."""
+
+    def __init__(self, *arguments):
+        self.state = None
+
+    def __setstate__(self, state):
+        _, self.shape, self.dtype, self.fortran, self.data = state
+
+    @classmethod
+    def from_buffer(cls, data, dtype, shape, order):
+        made = cls()
+        made.__setstate__((None, shape, dtype, order == "F", data))
+        return made
+
+    def real(self) -> np.ndarray:
+        return np.frombuffer(self.data, self.dtype.real()).reshape(self.shape, order="F" if self.fortran else "C")
+
+
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads pickled numpy arrays; any other global in the file, whatever it is, is refused."""
+    """Reads one pickled numpy array of numbers; any other global in the file, whatever it is, is refused."""
 
     def find_class(self, module, name):
-        reconstruct = np.array([]).__reduce__()[0]
-        allowed = {("numpy.core.multiarray", "_reconstruct"): reconstruct,
-                   ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-                   ("numpy._core.numeric", "_frombuffer"): np.array([]).__reduce_ex__(5)[0],
-                   ("numpy.core.numeric", "_frombuffer"): np.array([]).__reduce_ex__(5)[0],
-                   ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-        if (module, name) == ("_codecs", "encode"):  # how protocol 2 spells bytes
-            return lambda text, encoding: text.encode("latin-1")
-        if (module, name) not in allowed:
+        allowed = {("multiarray", "_reconstruct"): PickledArray, ("numeric", "_frombuffer"): PickledArray.from_buffer}
+        package, _, last = module.rpartition(".")
+        if package in ("numpy.core", "numpy._core") and (last, name) in allowed:
+            return allowed[last, name]
+        stand_ins = {("numpy", "ndarray"): PickledArray, ("numpy", "dtype"): PickledDtype,
+                     ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1")}  # how protocol 2 spells bytes
+        if (module, name) not in stand_ins:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of word vectors does not need")
-        return allowed[module, name]
+        return stand_ins[module, name]
+
+
+def read_pickle(path: Path) -> np.ndarray:
+    """The array in a pickle. Nothing in the file runs, and it gets no more memory than its own size calls for."""
+    data = path.read_bytes()
+    for opcode, argument, _ in pickletools.genops(data):  # fails where a length reaches past the end
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"it counts {argument} objects in {len(data)} bytes")
+    content = ArrayUnpickler(io.BytesIO(data)).load()
+    if not isinstance(content, PickledArray):
+        raise pickle.UnpicklingError("it does not hold a table of numbers (attributes x vector length)")
+    return content.real()
 
 
 def read_vectors(path: Path, names: list[str] | None) -> np.ndarray:
@@ -51,8 +98,7 @@ def read_vectors(path: Path, names: list[str] | None) -> np.ndarray:
         raise UserError(f"--w2v {path}: no such file")
     try:
         if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                table = ArrayUnpickler(file).load()
+            table = read_pickle(path)
         elif path.suffix == ".npy":
             table = np.load(path, allow_pickle=False)
         elif path.suffix in (".bin", ".txt"):
@@ -75,12 +121,14 @@ def check_table(table: np.ndarray, where) -> np.ndarray:
 
     The SUN table that the community shares has such a row (its word was in no vocabulary): V starts at 0 there, and learns.
     """
-    if not np.isfinite(table).all():
-        raise UserError(f"{where} holds NaN or infinity")
+    with np.errstate(over="ignore"):  # what is too large becomes infinity
+        table = table.astype(np.float32)
+    if not table.size or not np.isfinite(table).all():
+        raise UserError(f"{where} " + ("holds NaN or infinity" if table.size else "holds no numbers"))
     zero = np.flatnonzero(~table.any(axis=1)).tolist()
     if zero:
         print(f"{where}: the attributes in rows {zero} (from 0) have no vector, theirs start at zero")
-    return table.astype(np.float32)
+    return table
 
 
 def sum_words(path: Path, names: list[str]) -> np.ndarray:
@@ -99,15 +147,21 @@ def sum_words(path: Path, names: list[str]) -> np.ndarray:
     return check_table(np.stack([np.sum(row, axis=0, dtype=np.float64) for row in rows]), path)
 
 
+def check_length(length: int, path: Path):
+    if not 1 <= length <= LONGEST:
+        raise UserError(f"{path} says that its vectors hold {length} numbers: it is no file of word vectors")
+
+
 def word2vec_binary(path: Path, wanted: set[str]):
     """Yield (word, float32 vector) of the wanted words of a word2vec .bin file."""
     with open(path, "rb") as file:
-        count, length = map(int, file.readline().split())
+        count, length = map(int, file.readline(LONGEST).split())
+        check_length(length, path)
         for _ in tqdm(range(count), "word vectors", disable=None, unit="word", leave=False):
             word = bytearray()
             while (byte := file.read(1)) != b" ":
-                if not byte:
-                    raise UserError(f"{path} ends in the middle of a word: it is truncated")
+                if not byte or len(word) > LONGEST:
+                    raise UserError(f"{path} ends in the middle of a word: it is truncated, or no word2vec file")
                 word += byte
             data = file.read(4 * length)
             if len(data) < 4 * length:
@@ -127,6 +181,7 @@ def vector_text(path: Path, wanted: set[str]):
                 length = int(fields[1])
                 continue
             length = length or len(fields) - 1
+            check_length(length, path)
             word = " ".join(fields[:-length])
             if word in wanted:
                 if len(fields) <= length:

@@ -4,8 +4,11 @@ Every part is a small HDF5 file of PART consecutive images beside the output, un
 `torchrun` make different parts; in the end they are joined, chunk by chunk as the bytes are, into the file of SPEC section 3.
 """
 import contextlib
+import glob
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 import zlib
@@ -16,17 +19,54 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from util import UserError, atomic_path
+from util import UserError, atomic_path, remove_partials, require_space
 from xlsa17 import Split
 
 PART = 256  # images
+SAMPLE = 64  # images that are read again when all are joined
 GZIP_LEVEL = 4
+GZIP_SHARE = 0.35  # of the uncompressed size: an estimate, until there are parts to tell
+KEPT = "free some disk space and run again; the finished parts stay, and it goes on with them"
 FILTERS = {None: {}, "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL}, "lzf": {"compression": "lzf"}}
 
 
 def create_maps(file: h5py.File, shape: tuple[int, int, int, int], compression: str | None) -> h5py.Dataset:
     """The empty dataset feature_map (n, D, h, w) float32, one chunk an image."""
     return file.create_dataset("feature_map", shape, "f4", chunks=(1, *shape[1:]), **FILTERS[compression])
+
+
+class PatientFile(io.FileIO):
+    """The file under an HDF5 file that is written. Its first error is kept, and every write from then on swallowed.
+
+    HDF5 crashes the interpreter when it cannot write while it closes; so it is let close in peace, and told afterwards.
+    """
+    error = None
+
+    def write(self, data):
+        view = memoryview(data).cast("B")
+        try:
+            while len(view) and self.error is None:
+                view = view[super().write(view):]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def truncate(self, size=None):
+        with contextlib.suppress(OSError):  # it frees space, or the write that follows tells
+            super().truncate(size)
+
+
+@contextlib.contextmanager
+def new_hdf5(path: Path):
+    """A new HDF5 file, open for a block, and a function that raises the OSError if anything could not be written; so does the end."""
+    with PatientFile(path, "w+") as disk:
+        def check():
+            if disk.error is not None:
+                raise disk.error
+
+        with h5py.File(disk, "w") as file:
+            yield file, check
+        check()
 
 
 class MapWriter:
@@ -83,7 +123,7 @@ class Parts:
 
     def make(self, start: int, batches):
         """Write the part that begins at image `start` from its batches of maps (B, D, h, w)."""
-        with atomic_path(self.path(start)) as temporary, h5py.File(temporary, "w") as file, \
+        with atomic_path(self.path(start), KEPT) as temporary, new_hdf5(temporary) as (file, check), \
                 ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             writer = None
             for maps in batches:
@@ -91,9 +131,29 @@ class Parts:
                     target = create_maps(file, (len(self.rows(start)), *maps.shape[1:]), self.compression)
                     writer = MapWriter(target, self.compression, pool)
                 writer.write(maps)
+                check()
             writer.drain(keep=0)
             if writer.row != len(self.rows(start)):
                 raise UserError(f"{writer.row} of {len(self.rows(start))} maps were made for {self.path(start)}; run again")
+
+    def prepare(self, map_shape: tuple[int, int, int]):
+        """Before the first image, by the one process that holds the output's lock: is there room, and what is left of earlier runs?
+
+        map_shape (D, h, w). Raises UserError if parts and output, which are both on the disk in the end, will not fit.
+        """
+        remove_partials(self.output.parent, self.output.name)
+        remove_partials(self.folder)
+        done = [start for start in self.starts if self.path(start).is_file()]
+        images_done = sum(len(self.rows(start)) for start in done)
+        an_image = 4 * math.prod(map_shape) * (1 if self.compression is None else GZIP_SHARE)
+        if done:
+            an_image = sum(self.path(start).stat().st_size for start in done) / images_done
+        require_space(self.output.parent, an_image * (2 * self.count - images_done), f"{self.output} and the parts it is joined from"
+                      + (", by an estimate of what compression leaves," if self.compression and not done else ""))
+        for folder in sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.parts-*")):
+            if folder != self.folder:
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                print(f"{folder} ({size / 1e9:.2f} GB) was left by a run with other settings or versions: give those to go on with it, or delete it")
 
     def remove_if_empty(self):
         """Leave no empty folder behind a run that failed before its first part."""
@@ -105,18 +165,36 @@ class Parts:
         lacking = [start for start in self.starts if not self.path(start).is_file()]
         if lacking:
             raise UserError(f"{len(lacking)} of {len(self.starts)} parts are not in {self.folder}: do all ranks share that folder?")
-        with atomic_path(self.output) as temporary, h5py.File(temporary, "w") as file:
-            annotate(file)
-            target = None
-            for start in self.starts:
-                with open_part(self.path(start)) as part:
-                    maps = part["feature_map"]
-                    if target is None:
-                        target = create_maps(file, (self.count, *maps.shape[1:]), self.compression)
-                    for row in self.rows(start):
-                        mask, chunk = maps.id.read_direct_chunk((row - start, 0, 0, 0))
-                        target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
+        with atomic_path(self.output, KEPT) as temporary:
+            with new_hdf5(temporary) as (file, check):
+                annotate(file)
+                target = None
+                for start in self.starts:
+                    with open_part(self.path(start)) as maps:
+                        if target is None:
+                            target = create_maps(file, (self.count, *maps.shape[1:]), self.compression)
+                        for row in self.rows(start):
+                            mask, chunk = maps.id.read_direct_chunk((row - start, 0, 0, 0))
+                            target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
+                    check()
+            self.verify(temporary)
         shutil.rmtree(self.folder)
+
+    def verify(self, path: Path):
+        """Raises UserError unless the joined file, read anew, holds every row, and the sampled ones are finite and their parts' own."""
+        try:
+            with h5py.File(path) as file:
+                maps = file["feature_map"]
+                if maps.id.get_num_chunks() != self.count:
+                    raise UserError(f"{maps.id.get_num_chunks()} of {self.count} maps are in {path}: run again")
+                for row in sorted({round(row) for row in np.linspace(0, self.count - 1, SAMPLE)}):
+                    start = row // PART * PART
+                    with open_part(self.path(start)) as part:
+                        joined, made = maps[row], part[row - start]
+                    if not np.isfinite(joined).all() or joined.tobytes() != made.tobytes():
+                        raise UserError(f"image {row} was not joined as it was made: is the disk of {path.parent} sound? Run again")
+        except (OSError, KeyError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be read again ({error}): is its disk sound? Run again") from None
 
 
 def short_hash(content) -> str:
@@ -129,11 +207,13 @@ def stamp(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
 
-def open_part(path: Path) -> h5py.File:
-    """Raises UserError for a part that is not whole (a disk's or a copy's fault: parts are renamed into place)."""
+@contextlib.contextmanager
+def open_part(path: Path):
+    """The maps of a part, (n, D, h, w); raises UserError for one that is not whole (a disk's or a copy's fault)."""
     try:
-        return h5py.File(path)
-    except OSError as error:
+        with h5py.File(path) as file:
+            yield file["feature_map"]
+    except (OSError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run again") from None
 
 

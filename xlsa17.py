@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import scipy.io
 
-from util import UserError
+from util import UserError, outlives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ LAYOUTS = {
                    (37322, 50, 40, 85, 23527, 5882, 7913), "dca72b876c46", (78.2, 60.9, 89.3, 72.4)),
     "TOY": Layout("images", "images", ("attributes.txt",)),
 }
+PATIENCE = 120  # seconds that reading a .mat file may take
 LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
 
 
@@ -136,12 +137,15 @@ def check_split(split: Split, where) -> Split:
     return split
 
 
-def read_mat(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays `keys` of a .mat file. Raises UserError if it is missing, unreadable or lacks one."""
+def read_mat(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    """The arrays `keys` of a .mat file, and those of `optional` that it has. Raises UserError if it is missing, unreadable or lacks one."""
     if not path.is_file():
         raise UserError(f"{path} is missing: unpack xlsa17.zip so that it lies there (data root / xlsa17/data/...)")
+    read = lambda: scipy.io.loadmat(path, variable_names=keys + optional)
+    if not outlives(read, PATIENCE):  # scipy's C code can crash over damaged bytes
+        raise UserError(f"{path} is damaged, scipy crashed or hung over it: download it again")
     try:
-        content = scipy.io.loadmat(path, variable_names=keys)
+        content = read()
     except Exception as error:  # scipy raises many kinds over a damaged file
         raise UserError(f"{path} is not a readable .mat file ({error}): download it again") from None
     lacking = [key for key in keys if key not in content]
@@ -155,6 +159,8 @@ def index_vector(array: np.ndarray, what: str) -> np.ndarray:
     flat = np.asarray(array).ravel()
     if flat.dtype.kind not in "uif" or not np.isfinite(flat).all() or (flat.dtype.kind == "f" and not np.array_equal(flat, np.round(flat))):
         raise UserError(f"{what} does not hold whole numbers")
+    if flat.size and not 0 <= flat.min() <= flat.max() < 2**31:
+        raise UserError(f"{what} runs from {flat.min()} to {flat.max()}: these are no indices")
     return flat.astype(np.int64) - 1
 
 
@@ -162,25 +168,25 @@ def class_table(array, what: str) -> np.ndarray:
     """A .mat table attributes x classes as (C, K) float32."""
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif" or array.ndim != 2:
         raise UserError(f"{what} is not a table of numbers (attributes x classes)")
-    return array.T.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused
+        return array.T.astype(np.float32)
 
 
 def cell_texts(cells: np.ndarray, what: str) -> list[str]:
     """The strings of a .mat cell column."""
-    texts = [str(np.asarray(cell).ravel()[0]) if np.asarray(cell).size else "" for cell in cells.ravel()]
-    if not all(texts):
-        raise UserError(f"{what} has an empty cell")
-    return texts
+    texts = [np.asarray(cell).ravel() for cell in np.asarray(cells).ravel()]
+    if not all(text.size == 1 and isinstance(text[0], str) and text[0] for text in texts):
+        raise UserError(f"{what} is not a column of texts, or has an empty one")
+    return [str(text[0]) for text in texts]
 
 
 def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split, list[str]]:
     """The split and class names of att_splits.mat, given the images' 0-based labels."""
     path = data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
-    mat = read_mat(path, LOCATIONS + ("att", "original_att", "allclasses_names"))
+    mat = read_mat(path, LOCATIONS + ("att", "original_att", "allclasses_names"), optional=("train_loc", "val_loc"))
     trainval, test_seen, test_unseen = (index_vector(mat[key], f"{path}: {key}") for key in LOCATIONS)
-    optional = scipy.io.loadmat(path, variable_names=("train_loc", "val_loc"))
     # the trap of section 2: in the common release these two reach into test_seen
-    train, val = (np.intersect1d(index_vector(optional[key], f"{path}: {key}"), trainval) if key in optional else None
+    train, val = (np.intersect1d(index_vector(mat[key], f"{path}: {key}"), trainval) if key in mat else None
                   for key in ("train_loc", "val_loc"))
     split = check_split(Split(labels, trainval, test_seen, test_unseen, class_table(mat["att"], f"{path}: att"),
                               class_table(mat["original_att"], f"{path}: original_att"), train, val), path)

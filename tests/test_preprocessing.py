@@ -21,7 +21,7 @@ import preprocessing
 import toy
 from backbones import Pixels, build_backbone
 from dataset import open_features
-from util import UserError
+from util import UserError, locked
 
 OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "--num_workers", "0"]
 
@@ -217,14 +217,13 @@ def start(folder, root, *more, part=4, environment=()):
     """preprocessing.py in a process of its own, with small parts."""
     program = f"import writer, preprocessing, util; writer.PART = {part}; util.exit_on_user_error(preprocessing.main)"
     return subprocess.Popen([sys.executable, "-c", program, *OFFLINE, "--data_root", root, "--output", folder / "maps.hdf5", *more],
-                            env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment), stdout=subprocess.PIPE, text=True)
+                            env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("compression", [[], ["-c"]])
-def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path, compression):
+def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path):
     folders = tmp_path / "whole", tmp_path / "killed"
-    assert start(folders[0], toy_root, *compression).wait() == 0
-    process = start(folders[1], toy_root, *compression)
+    assert start(folders[0], toy_root).wait() == 0
+    process = start(folders[1], toy_root)
     deadline = time.time() + 60
     while len(list(folders[1].glob("*.parts-*/0*.hdf5"))) < 3 and time.time() < deadline:
         time.sleep(0.001)
@@ -233,20 +232,34 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path, compre
     assert not (folders[1] / "maps.hdf5").exists()
     kept = {path: path.stat().st_mtime_ns for path in folders[1].glob("*.parts-*/0*.hdf5")}
     assert len(kept) >= 3
-    process = start(folders[1], toy_root, *compression)
+    process = start(folders[1], toy_root)
     output, _ = process.communicate()
     assert process.returncode == 0 and f"{4 * len(kept)} of 35 images are done already" in output
     assert [path.name for path in folders[1].iterdir()] == ["maps.hdf5"]
     assert (folders[0] / "maps.hdf5").read_bytes() == (folders[1] / "maps.hdf5").read_bytes()
 
 
-def test_ranks_share_the_work_and_the_file_is_the_same(toy_root, tmp_path):
-    assert start(tmp_path / "one", toy_root, "-c").wait() == 0
+def start_ranks(count, folder, root):
+    """What `torchrun` starts, on one machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [start(tmp_path / "three", toy_root, "-c", environment={
-        "RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(3)]
+    return [start(folder, root, "-c", environment={"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+            for rank in range(count)]
+
+
+@pytest.mark.long
+def test_all_ranks_are_refused_while_another_job_makes_the_file(toy_root, tmp_path):
+    with locked(tmp_path / ".maps.hdf5.lock", "making maps.hdf5"):
+        ranks = start_ranks(2, tmp_path, toy_root)
+        said = [process.communicate()[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2] and not list(tmp_path.iterdir())
+    assert "another process is making" in said[0] and "another rank ended before its work was done" in said[1]
+
+
+def test_ranks_share_the_work_and_the_file_is_the_same(toy_root, tmp_path):
+    assert start(tmp_path / "one", toy_root, "-c").wait() == 0
+    ranks = start_ranks(3, tmp_path / "three", toy_root)
     outputs = [process.communicate()[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0, 0]
     assert all("another rank's" in output for output in outputs) and sum("wrote" in output for output in outputs) == 1
