@@ -18,6 +18,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from util import FlagParser, UserError, atomic_path, exit_on_user_error, write_text
 from xlsa17 import LAYOUTS
@@ -70,8 +71,7 @@ class Run:
         return stamp[1] if stamp else time.strftime("%Y%m%d-%H%M%S", time.localtime(self.path.stat().st_mtime))
 
 
-@dataclasses.dataclass
-class Group:
+class Group(NamedTuple):
     """Runs of one method and config in one place, a seed each; `label` says what sets it apart from its like."""
     label: str
     runs: list[Run]
@@ -229,22 +229,16 @@ def our_rows(groups: list[Group], marks: dict[tuple, str]) -> list[Row]:
         row.cells |= cells
         row.runs[dataset] = len(runs)
 
-    for runs in scen_runs(groups).values():
+    # whatever EGGN makes of it, there is one SCEN: that of the SC-EGG group with most seeds stands for all of its place
+    scen = {each.runs[0].place: each.runs for each in sorted(groups, key=lambda each: len(each.runs))
+            if each.runs[0].summary["method"] == "SC-EGG"}
+    for runs in scen.values():
         for method, prefix in SCEN_ALONE.items():
             add(method, runs, prefix)
     for each in groups:
         for selection, prefix in SELECTIONS[each.runs[0].summary["protocol"]].items():
             add(f"{each.label}, {selection}", each.runs, prefix)
-    return list(rows.values())
-
-
-def scen_runs(groups: list[Group]) -> dict[tuple, list[Run]]:
-    """By place, the runs of SC-EGG whose SCEN stands for all: the largest group's (one SCEN, whatever EGGN makes of it)."""
-    largest = {}
-    for each in sorted(groups, key=lambda each: len(each.runs)):
-        if each.runs[0].summary["method"] == "SC-EGG":
-            largest[each.runs[0].place] = each.runs
-    return dict(sorted(largest.items()))
+    return sorted(rows.values(), key=lambda row: row.mark)
 
 
 def mean_and_deviation(values: list[float | None]) -> tuple[float, float | None] | None:
@@ -333,8 +327,7 @@ def as_latex(table: Table) -> str:
     for title, rows in blocks:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{title}}}}} \\", *map(line, rows)]
     notes = [*map(escape, table.marks.values()), r"\textbf{Best} and \underline{second} of a column.", *map(escape, table.notes)]
-    lines += [r"\bottomrule", *(rf"\multicolumn{{{width}}}{{p{{0.95\linewidth}}}}{{{note}}} \\" for note in notes)]
-    return "\n".join([*lines, r"\end{tabular}", r"\endgroup", ""])
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *(rf"\par {note}" for note in notes), r"\par\endgroup", ""])
 
 
 def as_csv(table: Table) -> str:
@@ -357,7 +350,9 @@ FORMATS = {"text": as_text, "markdown": as_markdown, "csv": as_csv, "latex": as_
 
 
 def draw(table: Table, path: Path):
-    """The table as a picture in the paper's layout, 6.5 pt: best red, second best blue. Raises UserError if it cannot be written."""
+    """The table as a picture in the paper's layout, 6.5 pt: best red, second best blue. Raises UserError if it cannot be."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"{path}: a picture's name ends in .png, .pdf or .svg")
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -406,9 +401,6 @@ def draw(table: Table, path: Path):
         for part in textwrap.wrap(note, int(width / 0.047)):
             y += 0.12
             write(0, part, "left")
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise UserError(f"{path}: a picture's name ends in one of .{', .'.join(sorted(formats))}")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
@@ -416,16 +408,14 @@ def draw(table: Table, path: Path):
 
 # ---- the command
 
-def record(groups: list[Group], folder: Path) -> int:
-    """Copy the groups' summaries to `folder`/<dataset>_<method and what sets its group apart>_seed<seed>.json; returns how many."""
+def record(groups: list[Group], folder: Path):
+    """Copy the groups' summaries to `folder`/<dataset>_<method and what sets its group apart>_seed<seed>.json."""
     for each in groups:
-        dataset, split, backbone, _ = each.runs[0].place
-        protocol = each.runs[0].summary["protocol"]
+        dataset, split, backbone, _, _, protocol = each.runs[0].kind
         words = [each.label] + [protocol] * (protocol != "paper") + [backbone, split] * (not each.runs[0].ranked)
         method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
         for run in each.runs:
             write_text(folder / f"{dataset.lower()}_{method}_seed{run.summary['seed']}.json", run.text)
-    return sum(len(each.runs) for each in groups)
 
 
 def main(argv=None):
@@ -438,10 +428,10 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=None, help="write the table there instead of printing it")
     parser.add_argument("--figure", type=Path, default=None, help="draw it, too: a .png, .pdf or .svg file, e.g. figs/results.png")
     parser.add_argument("--record", type=Path, default=None, help="copy the summaries used into that folder, e.g. figs/records")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     runs, unfinished = gather(options.paths)
     if unfinished:
-        warn(f"{unfinished} unfinished run{'s have' if unfinished > 1 else ' has'} no summary.json and {'are' if unfinished > 1 else 'is'} left out")
+        warn(f"runs left out for they are unfinished (no summary.json): {unfinished}")
     runs = newest_of_each_seed([run for run in runs if run.summary["dataset"] in (options.dataset or LAYOUTS)])
     if not runs:
         raise UserError(f"no finished run of {' or '.join(options.dataset or LAYOUTS)} in {', '.join(map(str, options.paths))}: "
@@ -451,14 +441,12 @@ def main(argv=None):
     groups = group_runs(runs)
     table = build_table(groups, datasets)
     text = FORMATS[options.format](table)
-    if options.record:
-        print(f"recorded {record(groups, options.record)} summaries in {options.record}", file=sys.stderr)
     if options.figure:
         draw(table, options.figure)
-        print(f"wrote {options.figure}", file=sys.stderr)
+    if options.record:
+        record(groups, options.record)
     if options.output:
         write_text(options.output, text)
-        print(f"wrote {options.output}", file=sys.stderr)
     else:
         show(text)
 
