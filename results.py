@@ -117,7 +117,7 @@ def read_run(path: Path) -> Run:
     expected = {"dataset": lambda value: value in list(LAYOUTS), "protocol": lambda value: value in list(SELECTIONS),
                 "seed": lambda value: type(value) is int, "full_published_split": lambda value: type(value) is bool,
                 "config": lambda value: value is None or isinstance(value, dict)}
-    expected |= dict.fromkeys(("method", "backbone", "split_fingerprint"), lambda value: isinstance(value, str) and value.isprintable())
+    expected |= dict.fromkeys(("method", "backbone", "split_fingerprint"), lambda value: isinstance(value, str) and value.isprintable() and value.strip())
     expected |= dict.fromkeys((prefix + name for prefix in PREFIXES for name in METRICS),
                               lambda value: value is None or type(value) in (int, float) and 0 <= value <= 100)
     for name, fits in expected.items():
@@ -143,18 +143,24 @@ def canonical(value) -> str:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Runs by kind and config. Where configs of a kind differ, the label names the keys in which they do."""
-    kinds = collections.defaultdict(lambda: collections.defaultdict(list))
+    """Runs by kind and config. Where configs of a kind differ, the label names the keys in which they do, and so it does
+    with a split of which two releases count as the published one."""
+    kinds, releases = collections.defaultdict(lambda: collections.defaultdict(list)), collections.defaultdict(set)
     for run in runs:
         kinds[run.kind][canonical(run.config)].append(run)
+        if run.ranked:
+            releases[run.summary["dataset"]].add(run.summary["split_fingerprint"])
     groups = []
     for same_kind in kinds.values():
         configs = [same_config[0].config for same_config in same_kind.values()]
         known = [config for config in configs if config is not None]
         keys = [key for key in sorted(set().union(*known)) if len({canonical(config.get(key, "absent")) for config in known}) > 1]
         for config, same_config in zip(configs, same_kind.values()):
+            first = same_config[0]
             differs = ["config unknown"] if config is None else [f"{key}={canonical(config.get(key, 'absent'))}".replace('"', "") for key in keys]
-            label = same_config[0].summary["method"] + (f" ({', '.join(differs)})" if differs else "")
+            if first.ranked and len(releases[first.summary["dataset"]]) > 1:
+                differs.append(f"split={first.summary['split_fingerprint']}")
+            label = first.summary["method"] + (f" ({', '.join(differs)})" if differs else "")
             groups.append(Group(label, same_config))
     return sorted(groups, key=lambda each: (each.runs[0].summary["method"] == "SC-EGG", each.label))
 
@@ -229,9 +235,9 @@ def our_rows(groups: list[Group], marks: dict[tuple, str]) -> list[Row]:
         row.cells |= cells
         row.runs[dataset] = len(runs)
 
-    # whatever EGGN makes of it, there is one SCEN: that of the SC-EGG group with most seeds stands for all of its place
-    scen = {each.runs[0].place: each.runs for each in sorted(groups, key=lambda each: len(each.runs))
-            if each.runs[0].summary["method"] == "SC-EGG"}
+    # whatever EGGN makes of it, there is one SCEN: that of the SC-EGG group with most seeds stands for all of its dataset
+    scen = {(each.runs[0].summary["dataset"], marks.get(each.runs[0].place)): each.runs
+            for each in sorted(groups, key=lambda each: len(each.runs)) if each.runs[0].summary["method"] == "SC-EGG"}
     for runs in scen.values():
         for method, prefix in SCEN_ALONE.items():
             add(method, runs, prefix)
@@ -314,19 +320,19 @@ LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{",
 
 
 def as_latex(table: Table) -> str:
-    r"""A tabular for \usepackage{booktabs}; best in bold, second best underlined, deviations as indices."""
+    r"""A tabular for \usepackage{booktabs}; best in bold, second underlined, deviations as indices (so that 17.5 cm hold three datasets)."""
     escape = lambda text: text.translate(str.maketrans(LATEX))
-    blocks = body(table, {None: "{}", 0: r"\textbf{{{}}}", 1: r"\underline{{{}}}"}, r"{:.1f}$_{{\pm {:.1f}}}$", escape)
+    blocks = body(table, {None: "{}", 0: r"\textbf{{{}}}", 1: r"\underline{{{}}}"}, r"{:.1f}$_{{{:.1f}}}$", escape)
     line = lambda cells: " & ".join(cells) + r" \\"
     width, span = len(table.columns) + 2, len(METRICS)
     starts = range(3, width, span)
-    lines = [r"\begingroup\scriptsize\setlength{\tabcolsep}{2pt}", rf"\begin{{tabular}}{{lc{'c' * len(table.columns)}}}", r"\toprule",
+    lines = [r"\begingroup\scriptsize\setlength{\tabcolsep}{1pt}", rf"\begin{{tabular}}{{lc{'c' * len(table.columns)}}}", r"\toprule",
              line(["", ""] + [rf"\multicolumn{{{span}}}{{c}}{{{dataset}}}" for dataset in table.datasets]),
              "".join(rf"\cmidrule(lr){{{start}-{start + span - 1}}}" for start in starts),
              line([r"in \%", "runs"] + [METRICS[metric] for _, metric in table.columns])]
     for title, rows in blocks:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{title}}}}} \\", *map(line, rows)]
-    notes = [*map(escape, table.marks.values()), r"\textbf{Best} and \underline{second} of a column.", *map(escape, table.notes)]
+    notes = [*map(escape, table.marks.values()), r"\textbf{Best} and \underline{second} of a column; standard deviations are indices.", *map(escape, table.notes)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *(rf"\par {note}" for note in notes), r"\par\endgroup", ""])
 
 

@@ -66,7 +66,7 @@ def test_mean_and_sample_deviation_over_seeds_in_every_format(tmp_path, capsys):
             assert float(row[name]) == pytest.approx(mean + 4 * index + offset, abs=1e-4)
             assert float(row[name + "_std"]) == pytest.approx(deviation, abs=1e-4) and row["runs"] == "3"
     H = mean + 4 * 4 + 3
-    shown = {"text": f"{H:.1f}±{deviation:.1f}", "markdown": f"| {H:.1f}±{deviation:.1f} |", "latex": rf"{H:.1f}$_{{\pm {deviation:.1f}}}$"}
+    shown = {"text": f"{H:.1f}±{deviation:.1f}", "markdown": f"| {H:.1f}±{deviation:.1f} |", "latex": f"{H:.1f}$_{{{deviation:.1f}}}$"}
     for format, expected in shown.items():
         line, = [line for line in table(capsys, tmp_path, format=format)[0].splitlines() if "SC-EGG, last epoch" in line]
         assert expected in line and re.search(r"\b3/-/-", line)
@@ -79,7 +79,7 @@ def test_a_single_run_has_no_deviation(tmp_path, capsys):
     assert row["H"] == "35.0000" and row["H_std"] == ""
     for format in ("text", "markdown", "latex"):
         line, = [line for line in table(capsys, tmp_path, format=format)[0].splitlines() if "SC-EGG, best on test" in line]
-        assert "35.0" in line and "±" not in line and "pm" not in line
+        assert "35.0" in line and "±" not in line and "$_" not in line
 
 
 def test_methods_share_a_row_over_datasets(tmp_path, capsys):
@@ -134,6 +134,14 @@ def test_configs_that_differ_are_rows_that_say_how(tmp_path, capsys):
         f"SC-EGG ({differs}), {selection}": count for selection in ("best on test", "last epoch")
         for differs, count in (("lr=0.0001, syn_num=200", "2"), ("lr=0.0001, syn_num=300", "1"), ("lr=1e-05, syn_num=300", "1"),
                                ("config unknown", "1"))}
+
+
+def test_two_releases_of_the_published_split_are_two_rows(tmp_path, capsys):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", start=50.0, split_fingerprint="0123456789ab")
+    rows, _ = table(capsys, tmp_path)
+    assert rows["SC-EGG (split=62d41356ed4d), last epoch", "CUB"]["H"] == "39.0000"
+    assert rows["SC-EGG (split=0123456789ab), last epoch", "CUB"]["H"] == "69.0000"
 
 
 def test_the_newest_of_two_runs_of_one_config_and_seed_stays(tmp_path, capsys):
@@ -238,10 +246,9 @@ def test_figure_and_output_files(tmp_path, capsys):
         results.main([str(tmp_path / "runs"), "--figure", str(tmp_path / "results.bmp")])
 
 
-def command(*argv, cwd, **keywords):
+def command(*argv, cwd):
     """Run the script; returns (exit status, stderr)."""
-    done = subprocess.run([sys.executable, ROOT / "results.py", *map(str, argv)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, **keywords)
+    done = subprocess.run([sys.executable, ROOT / "results.py", *argv], cwd=cwd, text=True, capture_output=True)
     return done.returncode, done.stderr
 
 
@@ -251,7 +258,22 @@ def test_exit_statuses(tmp_path):
     (tmp_path / "file").write_text("")
     status, err = command("--format", "latex", "--dataset", "CUB", cwd=tmp_path)
     assert (status, err) == (0, "")
-    for argv in (["nowhere"], ["empty"], ["--dataset", "AWA2"], ["--dataset", "MNIST"], ["--format", "html"], ["--colour"],
-                 ["--output", "file/table.md"], ["--figure", "results.bmp"], ["--record", "file"]):
+    for argv in (["nowhere"], ["--colour"], ["--output", "file/table.md"]):
         status, err = command(*argv, cwd=tmp_path)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, (argv, err)
+    done = subprocess.run(f"{sys.executable} {ROOT / 'results.py'} | head -0; exit ${{PIPESTATUS[0]}}", shell=True, executable="/bin/bash",
+                          cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and done.stderr == "error: the table could not be printed (Broken pipe)\n"
+
+
+@pytest.mark.parametrize("argv", (["empty"], ["--dataset", "AWA2"], ["--dataset", "MNIST"], ["--format", "html"], ["--figure", "results.bmp"],
+                                  ["--figure", "file/results.png"], ["--record", "file"], ["--output", "empty"]), ids=" ".join)
+def test_mistakes_are_user_errors(tmp_path, monkeypatch, argv):
+    """`exit_on_user_error` makes status 2 and one line of them."""
+    write_run(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        results.main(argv)
+    assert "\n" not in str(error.value)
