@@ -11,6 +11,7 @@ import collections
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import re
 import statistics
@@ -30,8 +31,9 @@ SELECTIONS = {"paper": {"best on test": "best_", "last epoch": "last_"}, "valida
 SCEN_ALONE = {"SCEN alone: local classifier": "local_", "SCEN alone: distilled classifier": "global_"}
 PREFIXES = ("", "best_", "last_", *SCEN_ALONE.values())
 GCM_CF = "GCM-CF's H on AWA2 is as published; it does not follow from its U and S."
-ABOUT_RUNS = ("Means over seeds ± sample standard deviation; {runs}. Best on test: epochs picked on the test set, as in the paper; "
-              "last epoch, validated (epochs picked on held-out classes) and SCEN alone: nothing picked on the test set.")
+ABOUT_RUNS = ("Means over seeds ± sample standard deviation; runs: their number on {datasets}. "
+              "Best on test: epochs picked on the test set, as in the paper; last epoch, "
+              "validated (epochs picked on held-out classes) and SCEN alone: nothing picked on the test set.")
 
 
 # ---- runs: from files to groups that differ in nothing but the seed
@@ -62,7 +64,7 @@ class Run:
     def config(self) -> dict | None:
         """Every hyperparameter but the seed; None for a summary older than that key."""
         config = self.summary["config"]
-        return config and {name: value for name, value in config.items() if name != "seed"}
+        return None if config is None else {name: value for name, value in config.items() if name != "seed"}
 
     @property
     def age(self) -> str:
@@ -117,7 +119,8 @@ def read_run(path: Path) -> Run:
     expected = {"dataset": lambda value: value in list(LAYOUTS), "protocol": lambda value: value in list(SELECTIONS),
                 "seed": lambda value: type(value) is int, "full_published_split": lambda value: type(value) is bool,
                 "config": lambda value: value is None or isinstance(value, dict)}
-    expected |= dict.fromkeys(("method", "backbone", "split_fingerprint"), lambda value: isinstance(value, str) and value.isprintable() and value.strip())
+    expected |= dict.fromkeys(("method", "backbone", "split_fingerprint"),
+                              lambda value: isinstance(value, str) and value.isprintable() and value.strip())
     expected |= dict.fromkeys((prefix + name for prefix in PREFIXES for name in METRICS),
                               lambda value: value is None or type(value) in (int, float) and 0 <= value <= 100)
     for name, fits in expected.items():
@@ -152,16 +155,15 @@ def group_runs(runs: list[Run]) -> list[Group]:
             releases[run.summary["dataset"]].add(run.summary["split_fingerprint"])
     groups = []
     for same_kind in kinds.values():
-        configs = [same_config[0].config for same_config in same_kind.values()]
-        known = [config for config in configs if config is not None]
+        known = [some[0].config for some in same_kind.values() if some[0].config is not None]
         keys = [key for key in sorted(set().union(*known)) if len({canonical(config.get(key, "absent")) for config in known}) > 1]
-        for config, same_config in zip(configs, same_kind.values()):
+        for same_config in same_kind.values():
             first = same_config[0]
-            differs = ["config unknown"] if config is None else [f"{key}={canonical(config.get(key, 'absent'))}".replace('"', "") for key in keys]
+            differs = ([f"{key}={canonical(first.config.get(key, 'absent'))}".replace('"', "") for key in keys]
+                       if first.config is not None else ["config unknown"])
             if first.ranked and len(releases[first.summary["dataset"]]) > 1:
                 differs.append(f"split={first.summary['split_fingerprint']}")
-            label = first.summary["method"] + (f" ({', '.join(differs)})" if differs else "")
-            groups.append(Group(label, same_config))
+            groups.append(Group(first.summary["method"] + (f" ({', '.join(differs)})" if differs else ""), same_config))
     return sorted(groups, key=lambda each: (each.runs[0].summary["method"] == "SC-EGG", each.label))
 
 
@@ -208,6 +210,10 @@ class Table:
         """Number of runs, dataset by dataset: 3/3/-."""
         return "/".join(str(row.runs.get(dataset, "-")) for dataset in self.datasets) if row.runs else ""
 
+    def footnotes(self, legend: str, escape=str) -> list[str]:
+        """What the marks mean, a format's legend (as it is), and the notes."""
+        return [*map(escape, self.marks.values()), legend, *map(escape, self.notes)]
+
 
 def published_rows(datasets: list[str]) -> dict[str, list[Row]]:
     """The published methods that have a number on one of `datasets`, by family (figs/published.csv, the paper's table)."""
@@ -235,16 +241,17 @@ def our_rows(groups: list[Group], marks: dict[tuple, str]) -> list[Row]:
         row.cells |= cells
         row.runs[dataset] = len(runs)
 
-    # whatever EGGN makes of it, there is one SCEN: that of the SC-EGG group with most seeds stands for all of its dataset
+    # whatever EGGN makes of it, there is one SCEN: the SC-EGG group with most seeds stands for all on its data
+    by_seeds = sorted(groups, key=lambda each: (each.runs[0].summary["protocol"] == "paper", len(each.runs)))
     scen = {(each.runs[0].summary["dataset"], marks.get(each.runs[0].place)): each.runs
-            for each in sorted(groups, key=lambda each: len(each.runs)) if each.runs[0].summary["method"] == "SC-EGG"}
+            for each in by_seeds if each.runs[0].summary["method"] == "SC-EGG"}
     for runs in scen.values():
         for method, prefix in SCEN_ALONE.items():
             add(method, runs, prefix)
     for each in groups:
         for selection, prefix in SELECTIONS[each.runs[0].summary["protocol"]].items():
             add(f"{each.label}, {selection}", each.runs, prefix)
-    return sorted(rows.values(), key=lambda row: row.mark)
+    return sorted(rows.values(), key=lambda row: (len(row.mark), row.mark))
 
 
 def mean_and_deviation(values: list[float | None]) -> tuple[float, float | None] | None:
@@ -262,10 +269,8 @@ def build_table(groups: list[Group], datasets: list[str]) -> Table:
     blocks = [(f"{family.capitalize()} methods, published", rows) for family, rows in published_rows(datasets).items()]
     blocks += [("This code", [row for row in rows if not row.mark]),
                ("This code, measured on other data: not comparable", [row for row in rows if row.mark])]
-    notes = [ABOUT_RUNS.format(runs=f"runs: their number on {'/'.join(datasets)}")]
-    if "AWA2" in datasets:
-        notes.append(GCM_CF)
-    meanings = {mark: f"{mark} {dataset}, split {split} ({'the full published one' if full else 'not the full published one'}), features of {backbone}"
+    notes = [ABOUT_RUNS.format(datasets="/".join(datasets))] + [GCM_CF] * ("AWA2" in datasets)
+    meanings = {mark: f"{mark} {dataset}, split {split} ({'' if full else 'not '}the full published one), features of {backbone}"
                 for (dataset, split, backbone, full), mark in marks.items()}
     return Table(datasets, [block for block in blocks if block[1]], notes, meanings)
 
@@ -296,11 +301,11 @@ def as_text(table: Table) -> str:
     blocks = body(table, {None: "{} ", 0: "[{}]", 1: "({})"})
     head = heads(table)[:2] + [f"{text} " for text in heads(table)[2:]]
     widths = [max(map(len, column)) for column in zip(head, *(line for _, lines in blocks for line in lines))]
-    show = lambda line: f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{width + 1}}" for text, width in zip(line[1:], widths[1:]))
-    lines = [show(head)]
+    join = lambda line: f"{line[0]:<{widths[0]}}" + "".join(f"{text:>{width + 1}}" for text, width in zip(line[1:], widths[1:]))
+    lines = [join(head)]
     for title, rows in blocks:
-        lines += ["", title, *map(show, rows)]
-    return "\n".join([*lines, "", *table.marks.values(), "[Best] and (second) of a column.", *table.notes, ""])
+        lines += ["", title, *map(join, rows)]
+    return "\n".join([*lines, "", *table.footnotes("[Best] and (second) of a column."), ""])
 
 
 def as_markdown(table: Table) -> str:
@@ -311,7 +316,7 @@ def as_markdown(table: Table) -> str:
     lines = [line(heads(table)), line(["---"] + ["---:"] * (len(heads(table)) - 1))]
     for title, rows in blocks:
         lines += [line([f"*{title}*"] + [" "] * (len(heads(table)) - 1)), *map(line, rows)]
-    notes = [*map(escape, table.marks.values()), "**Best** and <u>second</u> of a column.", *map(escape, table.notes)]
+    notes = table.footnotes("**Best** and <u>second</u> of a column.", escape)
     return "\n".join([*lines, "", "  \n".join(notes), ""])
 
 
@@ -320,7 +325,7 @@ LATEX = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{",
 
 
 def as_latex(table: Table) -> str:
-    r"""A tabular for \usepackage{booktabs}; best in bold, second underlined, deviations as indices (so that 17.5 cm hold three datasets)."""
+    r"""A tabular for \usepackage{booktabs}; best bold, second underlined. Deviations are indices: so three datasets take 17 cm."""
     escape = lambda text: text.translate(str.maketrans(LATEX))
     blocks = body(table, {None: "{}", 0: r"\textbf{{{}}}", 1: r"\underline{{{}}}"}, r"{:.1f}$_{{{:.1f}}}$", escape)
     line = lambda cells: " & ".join(cells) + r" \\"
@@ -332,7 +337,7 @@ def as_latex(table: Table) -> str:
              line([r"in \%", "runs"] + [METRICS[metric] for _, metric in table.columns])]
     for title, rows in blocks:
         lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{title}}}}} \\", *map(line, rows)]
-    notes = [*map(escape, table.marks.values()), r"\textbf{Best} and \underline{second} of a column; standard deviations are indices.", *map(escape, table.notes)]
+    notes = table.footnotes(r"\textbf{Best} and \underline{second} of a column; standard deviations are indices.", escape)
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *(rf"\par {note}" for note in notes), r"\par\endgroup", ""])
 
 
@@ -340,7 +345,8 @@ def as_csv(table: Table) -> str:
     """One line a row and dataset, for machines: means and deviations apart, to four decimals."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["block", "method", "year", "dataset", "runs", *(name + end for name in METRICS for end in ("", "_std")), "measured_on"])
+    values = [name + end for name in METRICS for end in ("", "_std")]
+    writer.writerow(["block", "method", "year", "dataset", "runs", *values, "measured_on"])
     for title, rows in table.blocks:
         for row in rows:
             for dataset in table.datasets:
@@ -363,50 +369,44 @@ def draw(table: Table, path: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     blocks = body(table, dict.fromkeys((None, 0, 1), "{}"))
-    lines = [line for _, rows in blocks for line in rows]
+    lines = [line for _, lines in blocks for line in lines]
     inches = lambda texts: 0.049 * max(map(len, texts)) + 0.1  # a column's width, DejaVu Sans at 6.5 pt
     left, runs = inches([line[0] for line in lines]), inches([line[1] for line in lines] + ["runs"])
     each = inches([text for line in lines for text in line[2:]])
-    width = left + runs + each * len(table.columns)
-    center = lambda index: left + runs + each * (index + 0.5)
-    figure = plt.figure(figsize=(width, 1), dpi=300)  # the file is as high as what is drawn
+    places = [0, left + runs / 2, *(left + runs + each * (index + 0.5) for index in range(len(table.columns)))]
+    starts = places[2::len(METRICS)]
+    width = places[-1] + each / 2
+    figure = plt.figure(figsize=(width, 1), dpi=300)  # the file will be as high as what is drawn
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(1, 0))
     axes.axis("off")
-    y = 0.0
+    y = 0.0  # of the last line, in inches
 
-    def write(x, text, align="center", **style):
-        axes.text(x, y, text, size=6.5, ha=align, va="center", parse_math=False, **style)
+    def write(texts, step, colors=itertools.repeat("black"), at=places, **style):
+        nonlocal y
+        y += step
+        for x, text, color in zip(at, texts, colors):
+            axes.text(x, y, text, size=6.5, color=color, ha="center" if x else "left", va="center", parse_math=False, **style)
 
-    def rule(start=0.0, end=width, weight=0.5):
-        axes.plot((start, end), (y, y), color="black", linewidth=weight, clip_on=False)
+    def rule(step, weight=0.5, spans=((0, width),)):
+        nonlocal y
+        y += step
+        for span in spans:
+            axes.plot(span, (y, y), color="black", linewidth=weight, clip_on=False)
 
-    rule(weight=1)
-    y += 0.12
-    for index, dataset in enumerate(table.datasets):
-        write(center(len(METRICS) * (index + 0.5) - 0.5), dataset, weight="bold")
-    y += 0.09
-    for index in range(0, len(table.columns), len(METRICS)):
-        rule(center(index - 0.4), center(index + len(METRICS) - 0.6))
-    y += 0.09
-    for x, text in zip((0, left + runs / 2, *map(center, range(len(table.columns)))), ("in %", "runs", *[METRICS[name] for _, name in table.columns])):
-        write(x, text, "center" if x else "left")
-    for (title, texts), (_, rows) in zip(blocks, table.blocks):
-        y += 0.11
-        rule()
-        y += 0.11
-        write(0, title, "left", style="italic")
-        for row, line in zip(rows, texts):
-            y += 0.13
-            write(0, line[0], "left")
-            write(left + runs / 2, line[1])
-            for index, column in enumerate(table.columns):
-                write(center(index), line[2 + index], color={0: "red", 1: "blue", None: "black"}[table.rank(row, column)])
-    y += 0.11
-    rule(weight=1)
-    for note in [*table.marks.values(), "Red: best of a column; blue: second.", *table.notes]:
+    rule(0, weight=1)
+    write(table.datasets, 0.12, at=[start + 1.5 * each for start in starts], weight="bold")
+    rule(0.09, spans=[(start - 0.4 * each, start + 3.4 * each) for start in starts])
+    write(["in %", "runs", *(METRICS[metric] for _, metric in table.columns)], 0.09)
+    for (title, lines), (_, rows) in zip(blocks, table.blocks):
+        rule(0.11)
+        write([title], 0.11, style="italic")
+        for row, line in zip(rows, lines):
+            ranks = [None, None, *(table.rank(row, column) for column in table.columns)]
+            write(line, 0.13, [{None: "black", 0: "red", 1: "blue"}[rank] for rank in ranks])
+    rule(0.11, weight=1)
+    for note in table.footnotes("Red: best of a column; blue: second."):
         for part in textwrap.wrap(note, int(width / 0.047)):
-            y += 0.12
-            write(0, part, "left")
+            write([part], 0.12)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)

@@ -43,7 +43,7 @@ def table(capsys, folder, *argv, format="csv"):
 
 def test_published_numbers_are_the_papers():
     rows = [row for rows in results.published_rows(["CUB", "SUN", "AWA2"]).values() for row in rows]
-    assert len(rows) == 17 and {name: len(some) for name, some in results.published_rows(["CUB"]).items()} == {"embedding": 6, "generative": 11}
+    assert {family: len(rows) for family, rows in results.published_rows(["CUB"]).items()} == {"embedding": 6, "generative": 11}
     for row in rows:
         for dataset in ("CUB", "SUN", "AWA2"):
             U, S, H = (row.cells.get((dataset, name), (None,))[0] for name in METRICS[1:])
@@ -194,7 +194,8 @@ def cells_of(line):
 
 @pytest.mark.parametrize("datasets", (["CUB"], ["CUB", "SUN", "AWA2"]))
 def test_latex_is_balanced_and_escaped(tmp_path, capsys, datasets):
-    write_run(tmp_path, method=r"50% a_b & {c} #1 \x ~^$", full_published_split=False, split_fingerprint="9_9", backbone="efficientnet_lite2")
+    write_run(tmp_path, method=r"50% a_b & {c} #1 \x ~^$", full_published_split=False, split_fingerprint="9_9",
+              backbone="efficientnet_lite2")
     write_run(tmp_path, "full", seed=3)
     out, _ = table(capsys, tmp_path, "--dataset", *datasets, format="latex")
     assert r"50\% a\_b \& \{c\} \#1 \textbackslash{}x \textasciitilde{}\textasciicircum{}\$, best on test $\dagger$1" in out
@@ -266,8 +267,9 @@ def test_exit_statuses(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: the table could not be printed (Broken pipe)\n"
 
 
-@pytest.mark.parametrize("argv", (["empty"], ["--dataset", "AWA2"], ["--dataset", "MNIST"], ["--format", "html"], ["--figure", "results.bmp"],
-                                  ["--figure", "file/results.png"], ["--record", "file"], ["--output", "empty"]), ids=" ".join)
+@pytest.mark.parametrize("argv", (["empty"], ["--dataset", "AWA2"], ["--dataset", "MNIST"], ["--format", "html"],
+                                  ["--figure", "results.bmp"], ["--figure", "file/results.png"], ["--record", "file"],
+                                  ["--output", "empty"]), ids=" ".join)
 def test_mistakes_are_user_errors(tmp_path, monkeypatch, argv):
     """`exit_on_user_error` makes status 2 and one line of them."""
     write_run(tmp_path / "runs")
