@@ -166,7 +166,7 @@ def tsne_panels(run: Trained, cnn: Trained | None, seed: int) -> list[Panel]:
     spaces = zip(*(visual_features(run, scen, images) for images in chosen.values()))
     panels = []
     for source, real in zip((cnn, run), spaces):
-        reason = ("needs --cnn_run, a run with\nvisual_features: cnn" if source is None
+        reason = ("needs a run with\nvisual_features: cnn\n(--cnn_run)" if source is None
                   else f"{source.name}\nhas no trained EGGN\n(nepoch 0)" if source.config.nepoch == 0 else "")
         if reason:
             points = [*embed_jointly(real, seed), None]
@@ -174,7 +174,7 @@ def tsne_panels(run: Trained, cnn: Trained | None, seed: int) -> list[Panel]:
         else:
             fake, fake_classes = synthesize(source, np.unique(labels["unseen"]))
             points = embed_jointly([*real, fake], seed)
-        panels += [Panel("real seen", points[0], labels["seen"]), Panel("real unseen", points[1], labels["unseen"]),
+        panels += [Panel("real seen (held out)", points[0], labels["seen"]), Panel("real unseen", points[1], labels["unseen"]),
                    Panel("synthetic unseen", points[2], fake_classes, reason)]
     return panels
 
@@ -194,35 +194,33 @@ def tsne_figure(run: Trained, cnn: Trained | None = None, seed: int = 0) -> Figu
 
 
 def draw_tsne(panels: list[Panel], run: Trained) -> Figure:
-    """Six square panels in two groups of one frame each, and a legend for either set of classes."""
-    figure = Figure(figsize=(PAGE, 2.3))
-    side, gap = 0.158, 0.006  # of the figure's width
-    bottom, height = 0.315, side * PAGE / 2.3
+    """Six square panels, three a space on the same scale, over the names of the seen and of the unseen classes."""
+    side, gap, margin, legend, head = 1.11, 0.04, 0.03, 0.66, 0.34  # inches
+    height = legend + side + head
+    figure = Figure(figsize=(PAGE, height))
     colors = matplotlib.colormaps["tab10"].colors
-    for group, space in enumerate((f"CNN visual space ({run.features.provenance.get('backbone', run.config.backbone)})",
-                                   "dense-semantic visual space (SC-EGG)")):
-        left = 0.004 + group * 0.502
-        three = panels[3 * group:3 * group + 3]
+    backbone = run.features.provenance.get("backbone", run.config.backbone)
+    for group, space in enumerate((f"CNN visual space ({backbone})", "dense-semantic visual space (SC-EGG)")):
+        three, left = panels[3 * group:3 * group + 3], margin + group * PAGE / 2
+        figure.text((left + 1.5 * side + gap) / PAGE, 1 - 0.1 / height, space, ha="center", va="center", fontsize=7.5, fontweight="bold")
         shown = np.concatenate([panel.points for panel in three if panel.points is not None])
-        center, half = (shown.max(axis=0) + shown.min(axis=0)) / 2, 0.53 * (shown.max(axis=0) - shown.min(axis=0)).max()
-        figure.text(left + 1.5 * side + gap, 0.95, space, ha="center", va="center", fontsize=8, fontweight="bold")
+        low, high = shown.min(axis=0), shown.max(axis=0)
+        window = (low + high) / 2 + np.array([[-0.53], [0.53]]) * (high - low).max()
         for column, panel in enumerate(three):
-            axes = figure.add_axes((left + column * (side + gap), bottom, side, height), xticks=[], yticks=[])
-            axes.set(xlim=(center[0] - half, center[0] + half), ylim=(center[1] - half, center[1] + half))
-            axes.set_title(panel.title, pad=2.5, fontsize=7)
+            corner = (left + column * (side + gap)) / PAGE, legend / height
+            axes = figure.add_axes((*corner, side / PAGE, side / height), xticks=[], yticks=[], xlim=window[:, 0], ylim=window[:, 1])
+            axes.set_title(panel.title, pad=2.5)
             if panel.points is None:
                 axes.set_facecolor("0.95")
-                axes.text(0.5, 0.5, panel.reason, transform=axes.transAxes, ha="center", va="center", fontsize=6, color="0.3")
+                axes.text(0.5, 0.5, panel.reason, transform=axes.transAxes, ha="center", va="center", color="0.3")
             else:
-                order = np.searchsorted(np.unique(panel.classes), panel.classes)
-                axes.scatter(*panel.points.T, c=[colors[rank] for rank in order], s=2.5, linewidths=0)
+                axes.scatter(*panel.points.T, c=[colors[rank] for rank in np.unique(panel.classes, return_inverse=True)[1]], s=3.5, linewidths=0)
     for group, (title, panel) in enumerate((("Seen classes", panels[0]), ("Unseen classes", panels[1]))):
         names = [class_title(run.features.class_names[label]) for label in np.unique(panel.classes)]
-        dots = [Line2D([], [], marker="o", linestyle="", markersize=3, markeredgewidth=0, color=color) for color in colors]
-        legend = figure.legend(dots, names, title=title, ncols=3, loc="upper left", bbox_to_anchor=(0.004 + group * 0.502, bottom - 0.02),
-                               fontsize=5.8, title_fontsize=6.5, frameon=False, borderaxespad=0, borderpad=0, labelspacing=0.25,
-                               handletextpad=0.1, columnspacing=0.8, alignment="left")
-        legend.get_title().set_fontweight("bold")
+        dots = [Line2D([], [], marker="o", linestyle="", markersize=3, markeredgewidth=0, color=color) for color in colors[:len(names)]]
+        figure.legend(dots, names, title=title, title_fontproperties={"weight": "bold", "size": 6.5}, fontsize=6, ncols=2,
+                      loc="upper left", bbox_to_anchor=((margin + group * PAGE / 2) / PAGE, (legend - 0.04) / height), frameon=False,
+                      borderaxespad=0, borderpad=0, labelspacing=0.2, handletextpad=0.1, columnspacing=1, alignment="left")
     return figure
 
 
@@ -305,8 +303,8 @@ def heat_over(pixels: Tensor, weights: Tensor, grid: tuple[int, int]) -> np.ndar
     extent = weights.max() - weights.min()
     stretched = (weights - weights.min()) / extent.where(extent > 0, 1)
     heat = F.interpolate(stretched.view(1, 1, *grid), size=pixels.shape[1:], mode="bicubic")[0, 0].clamp(0, 1).numpy()
-    glow = matplotlib.colormaps["afmhot"](0.85 * heat)[:, :, :3]
-    opacity = 0.8 * heat[:, :, None]
+    glow = matplotlib.colormaps["afmhot"](0.8 * heat)[:, :, :3]
+    opacity = 0.65 * heat[:, :, None]
     return (1 - opacity) * 0.5 * image_array(pixels) / 255 + opacity * glow
 
 
