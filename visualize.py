@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,7 +157,9 @@ def embed_jointly(groups: list[np.ndarray], seed: int) -> list[np.ndarray]:
     """One t-SNE of all groups (n_i, D), so that they share coordinates; returned apart, (n_i, 2)."""
     together = np.concatenate(groups)
     tsne = TSNE(init="pca", perplexity=min(30, (len(together) - 1) / 3), random_state=seed)
-    return np.split(tsne.fit_transform(together), np.cumsum([len(group) for group in groups])[:-1])
+    with threadpool_limits(1):  # a seed's picture then is the same on any number of cores; so few points need no more
+        points = tsne.fit_transform(together)
+    return np.split(points, np.cumsum([len(group) for group in groups])[:-1])
 
 
 def tsne_panels(run: Trained, cnn: Trained | None, seed: int) -> list[Panel]:
