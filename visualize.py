@@ -224,7 +224,15 @@ def draw_tsne(panels: list[Panel], run: Trained) -> Figure:
         figure.legend(dots, names, title=title, title_fontproperties={"weight": "bold", "size": 6.5}, fontsize=6, ncols=2,
                       loc="upper left", bbox_to_anchor=((margin + group * PAGE / 2) / PAGE, (legend - 0.04) / height), frameon=False,
                       borderaxespad=0, borderpad=0, labelspacing=0.2, handletextpad=0.1, columnspacing=1, alignment="left")
+    figure.text(1 - margin / PAGE, margin / height, dataset_title(run), ha="right", va="bottom", fontsize=5.5, color="0.3")
     return figure
+
+
+def dataset_title(run: Trained) -> str:
+    """The dataset in small print, saying so where it is not the paper's."""
+    split, published = run.features.split, LAYOUTS[run.dataset].published
+    return f"{run.dataset}, {len(split.att)} classes" + ("" if split.is_published(run.dataset) or not published
+                                                          else "\n(not the paper's\nfull dataset)")
 
 
 def class_title(name: str) -> str:
