@@ -6,7 +6,7 @@
     python visualize.py curve --run runs/X
 
 Each writes a PDF and a PNG into the run's folder. `tsne_figure`, `attention_figure` and `curve_figure` return the matplotlib
-Figure alone; nothing here touches pyplot, torch's random state or the run.
+Figure alone and touch neither pyplot, nor torch's random state, nor the run.
 """
 import csv
 import json
@@ -95,7 +95,8 @@ def restore_scen(run: Trained) -> SCEN:
     if run.is_baseline:
         raise UserError(f"{run.name} is a run of the CNN-feature baseline, it has no SCEN: name a run with visual_features dense")
     features = run.features
-    scen = SCEN(torch.from_numpy(features.w2v), torch.from_numpy(features.split.att), features.shape[0], run.config.compose_runtime)
+    with torch.random.fork_rng(devices=[]):  # its weights are drawn before they are read
+        scen = SCEN(torch.from_numpy(features.w2v), torch.from_numpy(features.split.att), features.shape[0], run.config.compose_runtime)
     return restore(scen, run, "scen")
 
 
@@ -170,10 +171,9 @@ def tsne_panels(run: Trained, cnn: Trained | None, seed: int) -> list[Panel]:
     panels = []
     for source, real in zip((cnn, run), spaces):
         reason = ("needs a run with\nvisual_features: cnn\n(--cnn_run)" if source is None
-                  else f"{source.name}\nhas no trained EGGN\n(nepoch 0)" if source.config.nepoch == 0 else "")
+                  else "the run has no\ntrained EGGN\n(nepoch 0)" if source.config.nepoch == 0 else "")
         if reason:
-            points = [*embed_jointly(real, seed), None]
-            fake_classes = None
+            points, fake_classes = [*embed_jointly(real, seed), None], None
         else:
             fake, fake_classes = synthesize(source, np.unique(labels["unseen"]))
             points = embed_jointly([*real, fake], seed)

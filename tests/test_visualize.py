@@ -89,6 +89,8 @@ def test_the_picture_shown_is_the_crop_the_network_saw(made, run):
     torch.testing.assert_close(shown.maps, run.features.read(np.array([index]))[0], rtol=1e-3, atol=1e-4)
     figure = visualize.attention_figure(run, [shown])
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), expected.permute(1, 2, 0))
+    state = torch.get_rng_state()
+    assert len(visualize.attention_figure(run, images).axes) == 30 and torch.equal(state, torch.get_rng_state())
     assert len(figure.axes) == 10 and figure.axes[1].get_title().startswith("GEN: global")
 
 
