@@ -385,7 +385,7 @@ def curve_figure(curve: np.ndarray, name: str) -> Figure:
     """Accuracy on seen over that on unseen classes as the seen classes' logits are lowered; curve as `read_curve` gives it."""
     bias, S, U = curve.T
     at_zero = max(np.searchsorted(bias, 0, side="right") - 1, 0)  # the last operating point that a bias of 0 has reached
-    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
+    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE / 2, PAGE / 2), layout="constrained")
         axes = figure.add_subplot(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="accuracy on unseen classes, U (%)",
                                   ylabel="accuracy on seen classes, S (%)", title=f"{name}: AUSUC {area_under(curve):.3f}")
@@ -393,7 +393,7 @@ def curve_figure(curve: np.ndarray, name: str) -> Figure:
         axes.plot(U, S, color="tab:blue", linewidth=1.2)
         axes.plot(U[at_zero], S[at_zero], "o", color="tab:red", markersize=4,
                   label=f"seen_bias = 0: U {U[at_zero]:.1f}, S {S[at_zero]:.1f}")
-        axes.legend(loc="lower left", frameon=False)
+        axes.legend(loc="upper right", framealpha=0.9, edgecolor="none", handlelength=1)
     return figure
 
 
