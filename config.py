@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import reprlib
 from pathlib import Path
 
 import yaml
@@ -98,11 +99,11 @@ WANDB_BOOKKEEPING = {"_wandb", "wandb_version"}
 def parse_value(name: str, raw, where: str):
     """`raw` (a YAML value or a flag's text) as the type of key `name`. Raises UserError naming key, value and place."""
     field = FIELDS[name]
-    problem = UserError(f"{where}: {name} must be {describe(field)}, not {raw!r}")
+    problem = UserError(f"{where}: {name} must be {describe(field)}, not {reprlib.repr(raw)[:80]}")  # in short: YAML's aliases make endless values
     if field.type is str:
         value = raw if isinstance(raw, str) else None
     elif field.type is bool:
-        value = {"true": True, "false": False}.get(str(raw).lower())
+        value = {"true": True, "false": False}.get(str(raw).lower() if isinstance(raw, (str, bool)) else None)
     else:
         value = number(raw, field.type)
     limits = field.metadata
@@ -185,7 +186,7 @@ def read_values(path: Path) -> dict:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config {path} could not be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # PyYAML raises them all over a strange file
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"config {path}: expected lines of the form `key: {{value: x}}`")

@@ -49,10 +49,11 @@ class Run:
     """One training run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json and model.pt.
 
     folder: of a new run (`new_folder`) or of one to go on with; logged: bytes of its metrics.jsonl that belong to the
-    checkpoint it goes on from, what stands behind them is cut off and will be logged again.
+    checkpoint it goes on from, what stands behind them is cut off and will be logged again. wandb_id: its id there, which
+    a sweep's agent gives and a resumed run keeps.
     """
 
-    def __init__(self, folder: Path, config: Config, dataset: str, mode: str, logged: int = 0):
+    def __init__(self, folder: Path, config: Config, dataset: str, mode: str, wandb_id: str, logged: int = 0):
         self.folder = folder
         if not (folder / "config.yaml").is_file():
             write_text(folder / "config.yaml", config_yaml(config))
@@ -60,7 +61,7 @@ class Run:
         self.metrics.truncate(logged)
         self.metrics.seek(0)
         self.lines = sum(1 for _ in self.metrics)
-        settings = dict(project=PROJECT, name=folder.name, id=folder.name, resume="allow", dir=str(folder),
+        settings = dict(project=PROJECT, name=folder.name, id=wandb_id, resume="allow", dir=str(folder),
                         config=dataclasses.asdict(config) | {"dataset": dataset})
         try:
             self.wandb = wandb.init(mode=mode, **settings)
@@ -84,6 +85,10 @@ class Run:
         """model.pt: tensors, numbers and texts only, so that torch.load(weights_only=True) reads it."""
         with atomic_path(self.folder / "model.pt") as temporary:
             torch.save(state, temporary)
+
+    def log_picture(self, name: str, path: Path):
+        """A picture of the run's folder, to W&B."""
+        self.wandb.log({name: wandb.Image(str(path))}, step=self.lines)
 
     def finish(self, summary: dict):
         """summary.json, W&B's summary, and the end of both; the checkpoint has done its work."""

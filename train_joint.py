@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from protocol import present, validation_split
 from report import result_rows, result_table, results, save_curve
 from stages import Training
 from util import (FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, peak_memory_gb, pick_device,
-                  seed_everything)
+                  remove_partials, seed_everything)
 from xlsa17 import feature_file, read_split
 
 CONFIGS = Path(__file__).resolve().parent / "wandb_config"
@@ -69,6 +70,21 @@ def train(dataset: str, features: Features, config: Config, device: torch.device
     summary |= results(training.selection, config) | {"config": dataclasses.asdict(config)}
     rows = result_rows(facts, training.selection, config)
     return result_table(dataset, summary["full_published_split"], rows), summary
+
+
+def draw_figures(run: Run, dataset: str, config: Config, features: Features, data_root: Path):
+    """log_figures: t-SNE and attention maps into the run's folder and W&B. What a run lacks for one of them is said."""
+    import visualize  # matplotlib and scikit-learn take seconds to load
+    weights = torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
+    trained = visualize.Trained(run.folder.name, dataset, config, features, weights)
+    drawings = {"tsne": lambda: visualize.tsne_figure(trained),
+                "attention": lambda: visualize.attention_figure(trained, visualize.dataset_images(trained, data_root, 4, config.seed))}
+    for name, draw in drawings.items():
+        try:
+            visualize.save(draw(), run.folder / name)
+            run.log_picture(name, run.folder / f"{name}.png")
+        except UserError as error:
+            print(f"no {name} picture: {error}")
 
 
 def identity_of_data(features: Features) -> dict:
@@ -160,13 +176,18 @@ def main(dataset: str, config_name: str, argv=None):
     scen = find_scen(options.runs, config, features) if options.reuse_scen else None
     folder = resumed or new_folder(options.runs, dataset)
     with locked(folder / ".lock", f"training {folder}"):
+        remove_partials(folder)
         print(f"run {folder} on {device}" + (", resumed" if resumed else ""))
-        run = Run(folder, config, dataset, wandb_mode(options.wandb), saved["facts"]["logged"] if saved else 0)
+        known = saved["facts"] if saved else {"features": str(path.resolve()), "logged": 0,
+                                              "wandb_id": os.environ.get("WANDB_RUN_ID", folder.name)}
+        run = Run(folder, config, dataset, wandb_mode(options.wandb), known["wandb_id"], known["logged"])
         checkpoint = Checkpoint(run, identity, saved)
-        checkpoint.facts["features"] = str(path.resolve())
+        checkpoint.facts |= known
         try:
             with checkpoint.signals():
                 table, summary = train(dataset, features, config, device, place, run, checkpoint, scen)
+            if config.log_figures:
+                draw_figures(run, dataset, config, features, options.data_root)
             run.finish(summary)
         except BaseException as error:
             run.close(exit_code=1)

@@ -31,6 +31,7 @@ from backbones import Pixels, build_backbone, image_transform
 from config import Config, read_config
 from dataset import READ_AT_ONCE, Features, normalize_positions, open_features
 from eggn import EGGN
+from evaluation import area_under
 from model import SCEN
 from util import FlagParser, UserError, atomic_path, exit_on_user_error
 from xlsa17 import LAYOUTS, feature_file
@@ -100,9 +101,7 @@ def restore_scen(run: Trained) -> SCEN:
     return restore(scen, run, "scen")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# t-SNE
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- t-SNE
 
 class Panel(NamedTuple):
     """points (n, 2) with classes (n,), or none and the reason why."""
@@ -131,22 +130,16 @@ def visual_features(run: Trained, scen: SCEN, indices: np.ndarray) -> tuple[np.n
     """The images in the CNN's visual space and in the dense-semantic one: mean-pooled maps and SCEN's features, (n, D) each."""
     pooled, dense = [], []
     for start in range(0, len(indices), READ_AT_ONCE):
-        maps = raw_maps(run.features, indices[start:start + READ_AT_ONCE])
+        maps = run.features.raw(indices[start:start + READ_AT_ONCE])
         pooled.append(maps.mean(dim=(2, 3)))
-        dense.append(scen.gen.scale(scen.embed(normalize_positions(maps))[0]))
+        dense.append(scen.gen.scaler(scen.embed(normalize_positions(maps))[0]))
     return torch.cat(pooled).numpy(), torch.cat(dense).numpy()
-
-
-def raw_maps(features: Features, indices: np.ndarray) -> Tensor:
-    """Feature maps (n, D, h, w) as they stand in the file."""
-    with h5py.File(features.path) as file:
-        return torch.from_numpy(np.stack([file["feature_map"][index] for index in indices]).astype(np.float32))
 
 
 def synthesize(run: Trained, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """PER_CLASS features of each class (n, D) from the run's generator (section 6), and their classes (n,)."""
     att = torch.from_numpy(run.features.split.att)
-    eggn = restore(EGGN(run.features.shape[0], att, nn.Identity(), run.config), run, "eggn")  # synthesis asks no guide
+    eggn = restore(EGGN(run.features.shape[0], att, None, run.config), run, "eggn")  # synthesis asks no guide
     x, y = eggn.synthesize_classes(torch.from_numpy(classes), PER_CLASS)
     if run.is_baseline:  # its generator makes scaled features; the space shown is that of the pooled maps themselves
         minimum, maximum = (run.weights["scaler"][name].cpu() for name in ("minimum", "maximum"))
@@ -240,9 +233,7 @@ def class_title(name: str) -> str:
     return re.sub(r"^\d+\.", "", name).replace("_", " ").replace("+", " ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention maps
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- attention maps
 
 class Shown(NamedTuple):
     """An image as the network saw it: title, pixels (3, S, S) uint8, normalised feature map (R, D)."""
@@ -357,9 +348,7 @@ def attention_figure(run: Trained, images: list[Shown]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the seen-unseen curve
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- the seen-unseen curve
 
 def read_curve(path: Path) -> np.ndarray:
     """Rows (seen_bias, S, U) of a run's seen_unseen_curve.csv, by rising bias, S and U in %."""
@@ -375,12 +364,6 @@ def read_curve(path: Path) -> np.ndarray:
     return np.array(sorted(rows, key=lambda row: row[0]))
 
 
-def area_under(curve: np.ndarray) -> float:
-    """AUSUC, the integral of S over U (Chao et al., 2016), in [0, 1]."""
-    _, S, U = curve.T / 100
-    return float(np.sum(np.diff(U) * (S[1:] + S[:-1]) / 2))
-
-
 def curve_figure(curve: np.ndarray, name: str) -> Figure:
     """Accuracy on seen over that on unseen classes as the seen classes' logits are lowered; curve as `read_curve` gives it."""
     bias, S, U = curve.T
@@ -388,7 +371,7 @@ def curve_figure(curve: np.ndarray, name: str) -> Figure:
     with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE / 2, PAGE / 2), layout="constrained")
         axes = figure.add_subplot(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="accuracy on unseen classes, U (%)",
-                                  ylabel="accuracy on seen classes, S (%)", title=f"{name}: AUSUC {area_under(curve):.3f}")
+                                  ylabel="accuracy on seen classes, S (%)", title=f"{name}: AUSUC {area_under(torch.from_numpy(curve / 100)):.3f}")
         axes.fill_between(U, S, color="tab:blue", alpha=0.12, linewidth=0)
         axes.plot(U, S, color="tab:blue", linewidth=1.2)
         axes.plot(U[at_zero], S[at_zero], "o", color="tab:red", markersize=4,
@@ -397,9 +380,7 @@ def curve_figure(curve: np.ndarray, name: str) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- command line
 
 def save(figure: Figure, base: Path):
     """Write base.pdf and base.png, each atomically and without a date: the same figure is the same file."""

@@ -9,7 +9,8 @@ from conftest import ROOT
 from config import Config, config_yaml, parse_flags, read_config
 from util import UserError
 
-FILES = sorted((ROOT / "wandb_config").glob("*.yaml"))
+FILES = sorted(file for file in (ROOT / "wandb_config").glob("*.yaml") if not file.name.startswith("sweep_"))
+ABLATIONS = sorted((ROOT / "wandb_config" / "ablations").glob("*.yaml"))
 SUN = ROOT / "wandb_config" / "sun_gzsl.yaml"
 
 
@@ -29,6 +30,21 @@ def test_config_holds_every_key_and_survives_a_round_trip(file, tmp_path):
     config = read_config(file, {})
     (tmp_path / "again.yaml").write_text(config_yaml(config))
     assert read_config(tmp_path / "again.yaml", {}) == config
+
+
+@pytest.mark.parametrize("base", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
+def test_an_ablation_can_be_laid_over_every_config(file, base):
+    plain, changed = (dataclasses.asdict(read_config(files, {})) for files in ([base], [base, file]))
+    assert file.stem == "validated" or changed["method"] != plain["method"] == "SC-EGG"
+    assert {name for name in plain if plain[name] != changed[name]} <= set(yaml.safe_load(file.read_text()))
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"visual_features": "cnn"}, "no SCEN to guide"), ({"use_decoder": "false", "a1": "1"}, "set a1 and a2 to 0")])
+def test_keys_that_contradict_each_other(overrides, message):
+    with pytest.raises(UserError, match=message):
+        read_config(SUN, overrides)
 
 
 def test_published_sun_settings():

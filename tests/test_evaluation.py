@@ -8,7 +8,9 @@ from conftest import ROOT
 from sklearn.metrics import balanced_accuracy_score
 
 from config import read_config
-from evaluation import fit_softmax, harmonic_mean, logits_metrics, per_class_accuracy
+from eggn import EGGN
+from evaluation import area_under, fit_softmax, harmonic_mean, logits_metrics, per_class_accuracy, seen_unseen_curve
+from scen import Embedding
 
 CONFIG = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
 
@@ -51,3 +53,27 @@ def test_softmax_classifier_learns_and_scores_every_epoch():
     config = dataclasses.replace(CONFIG, classifier_lr=0.05, classifier_epochs=7, syn_num=30)
     scores, _ = fit_softmax(x, y, 2, config, lambda linear: per_class_accuracy(y, linear(x).argmax(dim=1), 2))
     assert scores.shape == (7,) and scores[-1] > 0.95
+
+
+def test_seen_unseen_curve_against_trying_every_bias():
+    """At each of its points the curve must say what the metric says of logits with that bias taken from the seen classes."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, ngh=8, ndh=8, use_decoder=False)
+    unseen, C = torch.tensor([1, 4]), 6
+    eggn = EGGN(5, torch.rand(C, 3), None, config)
+    linear = torch.nn.Linear(5, C)
+    test = {"test_seen": Embedding(torch.rand(40, 5), None, torch.tensor([0, 2, 3, 5]).repeat(10)),
+            "test_unseen": Embedding(torch.rand(30, 5), None, unseen.repeat(15))}
+    curve = seen_unseen_curve(eggn, linear, test, unseen)
+    seen = torch.tensor([1.0, 0, 1, 1, 0, 1])
+    for bias, S, U in curve[1:].tolist():
+        just_above = bias + 1e-6
+        accuracy = {name: per_class_accuracy(split.y, (linear(split.x) - just_above * seen).argmax(dim=1), C).item()
+                    for name, split in test.items()}
+        assert (S, U) == pytest.approx((accuracy["test_seen"], accuracy["test_unseen"]), abs=1e-6)
+    assert curve[0, 2] == 0 and curve[-1, 1] == pytest.approx(0, abs=1e-9)
+    assert 0 < area_under(curve) < 1
+
+
+def test_area_under_a_curve_by_hand():
+    assert area_under(torch.tensor([[0.0, 0.8, 0.0], [1.0, 0.8, 0.5], [2.0, 0.0, 0.5]])) == pytest.approx(0.4)

@@ -291,7 +291,7 @@ def test_damaged_images(folder, kind, damage):
 TOY = (ROOT / "wandb_config" / "toy.yaml").read_bytes()
 KEYS = [line.split(":")[0] for line in TOY.decode().splitlines() if line[:1].isalpha()]
 VALUES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2),
-                   st.dates(), st.sampled_from(["1e999", "0x1F", "1_000", "!!python/object:os.system", "&a [*a]", "? []"]))
+                   st.dates(), st.sampled_from(["1e999", "0x1F", "1_000", "!!python/object:os.system", "&a [*a]", "? []", "2001-99-99"]))
 
 
 @cases(100)

@@ -31,7 +31,7 @@ def run(features, folder, *argv, **changes):
 def test_a_run_leaves_everything(features, tmp_path, capsys):
     folder, lines, summary, weights = run(features, tmp_path / "runs", a1=0.5, a2=0.5)
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "config.yaml", "metrics.jsonl", "model.pt", "seen_unseen_curve.csv", "summary.json"]
+        "config.yaml", "metrics.jsonl", "model.pt", "seen_unseen_curve.csv", "summary.json"]
     assert read_config(folder / "config.yaml", {}).scen_iterations == 20
     keys = set().union(*lines)
     assert METRICS <= keys and LOSSES <= keys
@@ -163,3 +163,9 @@ def test_weighted_l1_is_smooth_where_prediction_equals_target():
 def test_saved_config_is_a_wandb_file(features, tmp_path):
     folder, *_ = run(features, tmp_path / "runs", nepoch=0)
     assert yaml.safe_load((folder / "config.yaml").read_text())["syn_num"] == {"value": 20}
+
+
+def test_figures_are_drawn_at_the_end_and_a_missing_one_is_said(features, tmp_path, capsys):
+    folder, _, summary, _ = run(features, tmp_path / "runs", nepoch=1, log_figures=True)
+    assert {"tsne.pdf", "tsne.png"} <= {path.name for path in folder.iterdir()} and "H" in summary
+    assert "no attention picture: " in capsys.readouterr().out

@@ -201,7 +201,7 @@ CURVE = "seen_bias,acc_seen,acc_unseen\n-inf,80.0,0.0\n-1,80.0,20.0\n0.5,60.0,40
 def test_curve(made, tmp_path):
     (tmp_path / "seen_unseen_curve.csv").write_text(CURVE)
     curve = visualize.read_curve(tmp_path / "seen_unseen_curve.csv")
-    assert visualize.area_under(curve) == pytest.approx(0.2 * 0.8 + 0.2 * 0.7 + 0.2 * 0.3)
+    assert visualize.area_under(torch.from_numpy(curve / 100)) == pytest.approx(0.2 * 0.8 + 0.2 * 0.7 + 0.2 * 0.3)
     axes, = visualize.curve_figure(curve, "TOY").axes
     assert axes.get_title() == "TOY: AUSUC 0.360"
     marked, = (line for line in axes.lines if line.get_marker() == "o")
