@@ -17,7 +17,7 @@ from tqdm import tqdm
 from util import UserError, atomic_path
 
 # what the numbers of a run depend on: a checkpoint of other code is refused
-CODE = ("model.py", "dataset.py", "scen.py", "eggn.py", "evaluation.py", "protocol.py", "stages.py", "train_joint.py")
+CODE = ("model.py", "dataset.py", "scen.py", "eggn.py", "graphs.py", "evaluation.py", "protocol.py", "stages.py", "train_joint.py")
 
 
 class Stopped(Exception):

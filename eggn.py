@@ -38,7 +38,8 @@ class EGGN(nn.Module):
     def to(self, device):
         """Move the networks to the device and make their optimisers there (one kernel an update: fused)."""
         super().to(device)
-        adam = lambda network, lr, beta1: torch.optim.Adam(network.parameters(), lr, betas=(beta1, 0.999), fused=True)
+        on_cuda = torch.device(device).type == "cuda"  # capturable: for CUDA graphs
+        adam = lambda network, lr, beta1: torch.optim.Adam(network.parameters(), lr, betas=(beta1, 0.999), fused=True, capturable=on_cuda)
         self.optimizers = {"E": adam(self.E, self.config.lr, 0.9), "G": adam(self.G, self.config.lr, 0.5),
                            "D": adam(self.D, self.config.lr, 0.5), "Dec": adam(self.Dec, self.config.dec_lr, 0.5),
                            "F": adam(self.F, self.config.feed_lr, 0.5)}
@@ -54,6 +55,10 @@ class EGGN(nn.Module):
         for name in networks:
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
+
+    def iterate(self, draws: tuple[Tensor, ...], feedback: bool) -> Tensor:
+        """One iteration: critic_iter critic steps and a generator step; draws: their arguments. Returns LOSSES, on the device."""
+        return torch.cat([self.critic_steps(*draws[:4], feedback), self.generator_step(*draws[4:], feedback)])
 
     def critic_steps(self, x: Tensor, y: Tensor, eps: Tensor, alpha: Tensor, feedback: bool) -> Tensor:
         """All critic_iter decoder and critic steps of an iteration.
@@ -149,18 +154,14 @@ class EGGN(nn.Module):
         return self.Dec.classifier_input(x) if self.config.use_decoder else x
 
 
-def train_iteration(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor, feedback: bool) -> Tensor:
-    """One iteration of section 6's loop over cached features x (n, D) with labels y (n,): critic steps, generator step.
+def draw_iteration(eggn: EGGN, x: Tensor, y: Tensor, sampler, unseen: Tensor) -> tuple[Tensor, ...]:
+    """All that an iteration of section 6's loop draws, as `EGGN.iterate` takes it, from cached features x (n, D), y (n,).
 
-    sampler draws class-balanced batches; unseen (Cu,) the unseen labels. Returns LOSSES, on the device: nothing here
-    waits for it.
+    sampler draws class-balanced batches; unseen (Cu,) the unseen labels. Nothing here waits for the device.
     """
     B, T, K, device = sampler.batch_size, eggn.config.critic_iter, eggn.att.shape[1], x.device
     batches = sampler.draw(T + 1).to(device, non_blocking=True)
     critic, generator = batches[:T], batches[T]
-    critic_losses = eggn.critic_steps(x[critic], y[critic], torch.randn(T, B, K, device=device),
-                                      torch.rand(T, B, 1, device=device), feedback)
-    unseen_y = unseen[torch.randint(len(unseen), (B,), device=device)]
-    generator_losses = eggn.generator_step(x[generator], y[generator], torch.randn(B, K, device=device),
-                                           unseen_y, torch.randn(B, K, device=device), feedback)
-    return torch.cat([critic_losses, generator_losses])
+    return (x[critic], y[critic], torch.randn(T, B, K, device=device), torch.rand(T, B, 1, device=device),
+            x[generator], y[generator], torch.randn(B, K, device=device),
+            unseen[torch.randint(len(unseen), (B,), device=device)], torch.randn(B, K, device=device))

@@ -4,8 +4,9 @@ import torch
 from checkpoint import Checkpoint
 from config import Config
 from dataset import BalancedSampler, FeatureMaps, Features, Place
-from eggn import EGGN, LOSSES, train_iteration
+from eggn import EGGN, LOSSES, draw_iteration
 from evaluation import Metrics, area_under, evaluate, logits_metrics, seen_unseen_curve
+from graphs import GraphedIterations
 from model import SCEN, Scaler, global_classifier
 from protocol import Selection
 from report import describe
@@ -104,6 +105,7 @@ class Training:
         joint = Joint(self) if config.scen_schedule == "joint" and config.nepoch else None
         self.checkpoint.track(eggn=eggn, eggn_losses=meter, selection=self.selection,
                               **{f"eggn_optimizer_{name}": optimizer for name, optimizer in eggn.optimizers.items()})
+        iterate = GraphedIterations(eggn) if self.device.type == "cuda" else eggn.iterate
         a_pass = -(-len(self.labels["trainval"]) // self.sampler.batch_size)
         an_epoch = a_pass * config.feedback_loop
         for step in self.checkpoint.steps("eggn", config.nepoch * an_epoch, config.checkpoint_every, "iteration"):
@@ -112,7 +114,7 @@ class Training:
             feedback = within // a_pass == 1 and config.a1 > 0
             seed_stream(config.seed, "eggn", step)
             trainval = self.embeddings["trainval"]
-            meter.add(train_iteration(eggn, trainval.x, trainval.y, self.sampler, self.unseen, feedback))
+            meter.add(iterate(draw_iteration(eggn, trainval.x, trainval.y, self.sampler, self.unseen), feedback))
             if joint:
                 joint.follow(step)
             if within == an_epoch - 1:

@@ -194,6 +194,9 @@ def main(dataset: str, config_name: str, argv=None):
             if isinstance(error, Stopped):
                 print(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {folder}", flush=True)
                 sys.exit(128 + error.signum)
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise UserError("the GPU's memory is full: lower --batch_size or --syn_num, or keep the feature maps elsewhere (--cache ram, "
+                                f"--cache disk); then start anew, or on a larger GPU: --resume {folder}") from None
             raise
     print(f"saved {run.folder}: config.yaml, metrics.jsonl, summary.json, model.pt\n\n{table}")
 

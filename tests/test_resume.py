@@ -200,6 +200,23 @@ def test_two_processes_do_not_resume_one_run(features, tmp_path, monkeypatch):
         train(features, tmp_path / "runs", {}, "--resume")
 
 
+def test_eight_runs_started_at_once_share_nothing_but_the_cache(features, tmp_path):
+    """As the agents of a sweep on one machine: a folder each, one cache built once, equal numbers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_joint"])
+    argv = arguments(features, tmp_path / "runs", {"nepoch": 1}, "--cache", "disk", "--reuse_scen")
+    processes = [context.Process(target=child, args=(argv,)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 8
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert len(folders) == 8 and len(list(tmp_path.glob("*.cache"))) == 1 and not list(tmp_path.rglob("*partial*"))
+    metrics = [[line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"stage": "eggn"' in line] for folder in folders]
+    assert all(lines == metrics[0] for lines in metrics) and metrics[0]
+
+
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no archive", None])
 def test_a_damaged_checkpoint_is_told_in_one_line(features, tmp_path, monkeypatch, damage):
     path = stop(features, tmp_path / "runs", monkeypatch) / "checkpoint.pt"

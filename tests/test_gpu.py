@@ -1,0 +1,68 @@
+"""What only a GPU can show, and what must hold without one."""
+import dataclasses
+
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, flags
+
+import train_joint
+from config import read_config
+from dataset import BalancedSampler
+from eggn import EGGN, draw_iteration
+from graphs import WARM_UP, GraphedIterations
+from model import global_classifier
+from util import UserError
+
+CONFIG = dataclasses.replace(read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {}), ngh=64, ndh=64, a1=0.5)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def trained(iterations, device, graphed):
+    """EGGN and the last losses after some iterations, half of them with feedback."""
+    torch.manual_seed(0)
+    att, unseen = torch.rand(9, 11, device=device), torch.tensor([2, 5], device=device)
+    y = torch.tensor([0, 1, 3, 4, 6, 7, 8]).repeat(8)
+    x = torch.rand(len(y), 24).to(device)
+    eggn = EGGN(24, att, global_classifier(24, 16, 9).to(device), CONFIG).to(device)
+    iterate, sampler = GraphedIterations(eggn) if graphed else eggn.iterate, BalancedSampler(y, 7)
+    for step in range(iterations):
+        torch.manual_seed(step)
+        losses = iterate(draw_iteration(eggn, x, y.to(device), sampler, unseen), step >= iterations // 2)
+    return eggn, losses, iterate
+
+
+def test_where_capturing_fails_iterations_stay_ordinary_ones(capsys):
+    """On a CPU no graph can be captured: the fallback must leave exactly what ordinary iterations leave."""
+    plain, plain_losses, _ = trained(16, "cpu", graphed=False)
+    fallen, losses, iterate = trained(16, "cpu", graphed=True)
+    assert capsys.readouterr().out.count("CUDA graphs are not used: ") == 2 and iterate.graphs == {False: None, True: None}
+    assert torch.equal(losses, plain_losses)
+    assert all(torch.equal(tensor, fallen.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+@needs_cuda
+def test_graphs_keep_the_numbers():
+    plain, plain_losses, _ = trained(40, "cuda", graphed=False)
+    graphed, losses, iterate = trained(40, "cuda", graphed=True)
+    assert all(iterate.graphs.values()) and iterate.seen[True] > WARM_UP
+    torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(graphed.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("cache", ["device", "ram", "disk", "none"])
+def test_a_run_on_the_gpu(features, tmp_path, cache):
+    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cuda",
+                                              "--data_root", "none", "--cache", cache, *flags(**SMALL_RUN)])
+    assert list((tmp_path / "runs").glob("*/summary.json"))
+
+
+def test_a_full_gpu_names_the_settings_to_change(features, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_joint, "train", full)
+    with pytest.raises(UserError, match="lower --batch_size or --syn_num"):
+        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
+                                                  "--data_root", "none", *flags(**SMALL_RUN)])
