@@ -1,7 +1,8 @@
 """A run that is killed goes on where it was: the state of everything that learns, saved whole or not at all.
 
-No random state is saved, because none is needed: every step of training draws from a stream of its own, which follows
-from the run's seed, the stage and the step (util.seed_stream). A step done again is the same step.
+No random state is saved, because none is needed: stages 1 and 2 draw all their batches at their start, and every
+iteration of stage 3 draws from a stream of its own; the streams follow from the run's seed (util.seed_stream). A step done
+again is the same step.
 """
 import contextlib
 import hashlib
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from util import UserError, atomic_path
+from util import UserError, save_tensors
 
 # what the numbers of a run depend on: a checkpoint of other code is refused
-CODE = ("model.py", "dataset.py", "scen.py", "eggn.py", "graphs.py", "evaluation.py", "protocol.py", "stages.py", "train_joint.py")
+CODE = ("util.py", "xlsa17.py", "config.py", "checkpoint.py", "model.py", "dataset.py", "scen.py", "eggn.py", "graphs.py", "evaluation.py", "protocol.py", "stages.py", "train_joint.py")
 
 
 class Stopped(Exception):
@@ -40,7 +41,11 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path.parent} has no checkpoint, so there is nothing to resume: it is finished or never began")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("identity", "parts", "facts", "steps")}
+        known = {"features": str, "logged": int, "wandb_id": str}
+        if not (all(isinstance(saved[name], dict) for name in ("identity", "parts", "facts", "steps"))
+                and all(isinstance(saved["facts"][name], kind) for name, kind in known.items())):
+            raise ValueError("not what a run writes")
+        return saved
     except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(f"{path} is damaged ({type(error).__name__}): start the run anew") from None
 
@@ -71,13 +76,17 @@ class Checkpoint:
         """Save these (they have state_dict and load_state_dict) from now on; those of a resumed run are loaded first."""
         for name, part in parts.items():
             if name in self.waiting:
-                part.load_state_dict(self.waiting.pop(name))
+                try:
+                    part.load_state_dict(self.waiting.pop(name))
+                except (RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+                    raise UserError(f"{self.path} is damaged ({name} does not fit): start the run anew") from None
             self.parts[name] = part
 
     def forget(self, *names: str):
         """Save these no longer: their stage is over."""
         for name in names:
-            del self.parts[name]
+            self.parts.pop(name, None)
+            self.waiting.pop(name, None)
 
     def begin(self, phase: str):
         """Start a phase of the run, in which the stages come again; nothing of the one before is needed."""
@@ -130,8 +139,7 @@ class Checkpoint:
                     raise UserError(f"{name}.{key} holds NaN or infinity: lower the learning rates. What was saved before stays: {self.path}")
         state = {"identity": self.identity, "parts": parts | self.waiting, "facts": self.facts | {"logged": self.run.sync()},
                  "steps": self.done}
-        with atomic_path(self.path) as temporary:
-            torch.save(state, temporary)
+        save_tensors(self.path, state)
 
     @contextlib.contextmanager
     def signals(self):

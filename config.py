@@ -101,7 +101,7 @@ def parse_value(name: str, raw, where: str):
     field = FIELDS[name]
     problem = UserError(f"{where}: {name} must be {describe(field)}, not {reprlib.repr(raw)[:80]}")  # in short: YAML's aliases make endless values
     if field.type is str:
-        value = raw if isinstance(raw, str) else None
+        value = raw if isinstance(raw, str) and raw.strip() and raw.isprintable() else None
     elif field.type is bool:
         value = {"true": True, "false": False}.get(str(raw).lower() if isinstance(raw, (str, bool)) else None)
     else:
@@ -176,6 +176,10 @@ def check_together(values: dict):
     if values["visual_features"] == "cnn" and (guided or values["scen_schedule"] == "joint"):
         raise UserError("visual_features cnn has no SCEN to guide EGGN or to train on: set rec_seen_cls_weight and "
                         "gen_unseen_cls_weight to 0 and scen_schedule to frozen")
+    if values["visual_features"] == "cnn" and values["nepoch"] == 0:
+        raise UserError("visual_features cnn with nepoch 0 trains nothing")
+    if values["scen_schedule"] == "joint" and values["joint_every"] > values["joint_refresh"]:
+        raise UserError("joint_every is above joint_refresh: SCEN would be embedded anew without having learnt")
     if not values["use_decoder"] and (values["a1"] > 0 or values["a2"] > 0):
         raise UserError("feedback comes from the semantic decoder: without it (use_decoder false) set a1 and a2 to 0")
 
@@ -217,7 +221,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 def config_yaml(config: Config) -> str:
     """The config in W&B's YAML form, as `read_config` reads it."""
-    return "".join(f"{name}: {{value: {yaml.safe_dump(value).splitlines()[0]}}}\n"
+    return "".join(f"{name}: {yaml.safe_dump({'value': value}, default_flow_style=True, width=math.inf)}"
                    for name, value in dataclasses.asdict(config).items())
 
 

@@ -235,6 +235,8 @@ def choose_place(size: int, device: torch.device, folder: Path, compressed: bool
     """
     on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
     on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
+    if any(file.stat().st_size == size for file in folder.glob("*.cache")):  # it is there already: no room is needed
+        on_disk = math.inf
     kept = Place("device", torch.float32 if size < on_device else torch.float16)
     fits = {"device": size * kept.dtype.itemsize / 4 < on_device, "ram": size < 0.5 * available_ram(), "disk": size < on_disk,
             "none": True}

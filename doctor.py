@@ -15,7 +15,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from util import FlagParser, UserError, exit_on_user_error
+try:
+    from util import FlagParser, UserError, exit_on_user_error
+except ModuleNotFoundError as error:
+    sys.exit(f"BROKEN: {error.name} is not installed: pip install -r requirements.txt")
 
 HERE = Path(__file__).resolve().parent
 BROKEN = "BROKEN"
@@ -71,7 +74,8 @@ def wandb_state() -> str:
     except (OSError, netrc.NetrcParseError):
         key = None
     state = f"has a key for {host}" if key else f"has no key for {host}: runs are logged offline (`wandb login` changes that)"
-    return f"W&B {state}" + (f"; WANDB_MODE={mode}" if mode else "")
+    known = ("online", "offline", "disabled", "dryrun", "run")
+    return f"W&B {state}" + (f"; WANDB_MODE={mode}" + ("" if mode in known else f", which is none of {', '.join(known[:3])}") if mode else "")
 
 
 def dataset_lines(data_root: Path, dataset: str) -> tuple[list[str], str | None, bool]:
@@ -126,7 +130,7 @@ def next_command(data_root: Path, dataset: str, ready: bool, usable: list) -> st
 def unfinished(runs: Path) -> list[str]:
     """Lines on parts of preprocessing and on runs that wait to go on."""
     lines = []
-    for folder in sorted(Path("data").glob("*/*.parts-*")):
+    for folder in sorted(path for path in Path("data").glob("*/*.parts-*") if path.is_dir()):
         files = [file for file in folder.iterdir() if file.suffix == ".hdf5" and not file.name.startswith(".")]
         lines.append(f"{folder}: {len(files)} parts of preprocessing, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB; "
                      "the command that made them goes on with them")

@@ -1,4 +1,4 @@
-"""Stage 3: train EGGN on the frozen, cached dense-semantic features, and synthesise features of unseen classes.
+"""Stage 3: train EGGN on the cached dense-semantic features, and synthesise features of unseen classes.
 
 One iteration is `critic_iter` critic steps and one generator step (section 6). All random draws are handed to the
 steps, so that they can be replayed.
@@ -17,7 +17,7 @@ LOSSES = ("loss_Dec", "critic_real", "critic_fake", "penalty",
 class EGGN(nn.Module):
     """Encoder, generator, critic, decoder and feedback with their optimisers and the adaptive penalty weight lambda1.
 
-    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier (frozen: the guidance), or None
+    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier (not trained here: the guidance), or None
     where there is none (pooled CNN features).
     """
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eggn import EGGN
+from util import UserError
 
 WARM_UP = 3  # ordinary iterations before a capture: optimiser states and cuBLAS's workspaces must be there
 
@@ -40,6 +41,7 @@ class GraphedIterations:
         losses = self.eggn.iterate(draws, feedback)
         after = [tensor.clone() for tensor in self.state()]
         self.graphs[feedback] = None
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
             inputs, graph = tuple(drawn.clone() for drawn in draws), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -50,9 +52,13 @@ class GraphedIterations:
                 raise RuntimeError("a replayed iteration gave other numbers than an ordinary one")
             self.graphs[feedback] = graph, inputs, graphed_losses
         except Exception as error:  # torch and CUDA have many names for what cannot be captured
+            if stream:  # a capture that fails can leave its own stream current, and the generator waiting for the capture's end
+                torch.cuda.set_stream(stream)
+                torch.cuda.default_generators[stream.device_index].graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
+            self.eggn.requires_grad_(True)
             self.eggn.zero_grad(set_to_none=True)
             self.restore(after)
-            print(f"CUDA graphs are not used: {str(error).splitlines()[0]}", flush=True)
+            print(f"CUDA graphs are not used: {UserError(error)}", flush=True)
         return losses
 
     def state(self) -> list[Tensor]:
@@ -63,12 +69,16 @@ class GraphedIterations:
 
     @torch.no_grad()
     def restore(self, saved: list[Tensor]):
+        """Put the state back, in place: a graph knows its tensors by their addresses."""
         for tensor, value in zip(self.state(), saved):
             tensor.copy_(value)
 
     @torch.no_grad()
     def changed_alike(self, before: list[Tensor], after: list[Tensor]) -> bool:
-        """Whether the state differs from `after` by less than a hundredth of its change since `before` (2-norms)."""
-        difference = sum(((now - then).double() ** 2).sum() for now, then in zip(self.state(), after))
-        change = sum(((then - first).double() ** 2).sum() for then, first in zip(after, before))
-        return bool(difference <= 1e-4 * change)
+        """Whether the weights differ from `after` by less than a hundredth of their change since `before` (2-norms), and
+        lambda1 and Adam's counters not at all."""
+        state, weights = self.state(), len(list(self.eggn.parameters()))
+        difference = sum(((now - then).double() ** 2).sum() for now, then in zip(state[:weights], after))
+        change = sum(((then - first).double() ** 2).sum() for then, first in zip(after[:weights], before))
+        counters = all(torch.allclose(now, then) for now, then in zip(state, after) if not now.dim())
+        return counters and bool(difference <= 1e-4 * change)

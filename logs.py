@@ -1,4 +1,5 @@
 """A run's folder and its mirror in Weights & Biases: config, metrics line by line, summary, weights."""
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -11,7 +12,7 @@ import torch
 import wandb
 
 from config import Config, config_yaml
-from util import UserError, atomic_path, write_text
+from util import UserError, locked, save_tensors, write_text
 
 PROJECT = "SCEGG"
 
@@ -58,6 +59,8 @@ class Run:
         if not (folder / "config.yaml").is_file():
             write_text(folder / "config.yaml", config_yaml(config))
         self.metrics = open(folder / "metrics.jsonl", "ab+")
+        if self.metrics.tell() < logged:
+            raise UserError(f"{folder / 'metrics.jsonl'} is shorter than when the checkpoint was made: it was changed; start the run anew")
         self.metrics.truncate(logged)
         self.metrics.seek(0)
         self.lines = sum(1 for _ in self.metrics)
@@ -83,21 +86,20 @@ class Run:
 
     def save_weights(self, state: dict):
         """model.pt: tensors, numbers and texts only, so that torch.load(weights_only=True) reads it."""
-        with atomic_path(self.folder / "model.pt") as temporary:
-            torch.save(state, temporary)
+        save_tensors(self.folder / "model.pt", state)
 
     def log_picture(self, name: str, path: Path):
         """A picture of the run's folder, to W&B."""
         self.wandb.log({name: wandb.Image(str(path))}, step=self.lines)
 
     def finish(self, summary: dict):
-        """summary.json, W&B's summary, and the end of both; the checkpoint has done its work."""
+        """summary.json and W&B's summary; the checkpoint has done its work."""
         write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         (self.folder / "checkpoint.pt").unlink(missing_ok=True)
         self.wandb.summary.update(summary)
-        self.close(exit_code=0)
 
     def close(self, exit_code: int):
+        """The end of the logs; exit_code 0 where the run is finished."""
         self.metrics.close()
         self.wandb.finish(exit_code=exit_code)
 
@@ -119,10 +121,11 @@ def folder_to_resume(root: Path, dataset: str, name: str) -> Path:
     Raises UserError when there is none, or it is finished.
     """
     if not name:
-        unfinished = sorted(root.glob(f"{dataset}-*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if not unfinished:
-            raise UserError(f"{root} has no unfinished run of {dataset} to resume")
-        return unfinished[-1].parent
+        found = sorted(root.glob(f"{dataset}-*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for folder in (path.parent for path in found if not (path.parent / "summary.json").exists()):
+            with contextlib.suppress(UserError), locked(folder / ".lock", "training it"):  # not one that is being trained
+                return folder
+        raise UserError(f"{root} has no unfinished run of {dataset} to resume")
     folder = Path(name) if Path(name).is_dir() else root / name
     if not folder.is_dir():
         raise UserError(f"--resume {name}: there is no such run, here or in {root}")

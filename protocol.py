@@ -83,7 +83,7 @@ class Selection:
 
     def best(self) -> dict:
         """The same as best_acc_zs, best_acc_unseen, best_acc_seen and best_H."""
-        return {f"best_{name}": value for name, value in present(self.metrics()._asdict()).items()}
+        return {f"best_{name}": value for name, value in present(self.metrics()._asdict()).items()} if self.last else {}
 
     @property
     def epoch(self) -> int:
@@ -92,7 +92,7 @@ class Selection:
 
     def pick(self) -> dict:
         """The choice for the run on all of trainval."""
-        return {kind: (entry["epoch"], entry["classifier_epoch"]) for kind, entry in self.picked.items()}
+        return {kind: (entry["epoch"], entry["classifier_epoch"]) for kind, entry in self.picked.items() if entry}
 
     def state_dict(self) -> dict:
         return {"picked": self.picked, "last": self.last, "unselected": self.unselected}

@@ -234,7 +234,7 @@ def record(groups: list[Group], folder: Path):
     for each in groups:
         dataset, split, backbone, _, _, protocol = each.runs[0].kind
         words = [each.label] + [protocol] * (protocol != "paper") + [backbone, split] * (not each.runs[0].ranked)
-        method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")
+        method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")[:200]
         for run in each.runs:
             write_text(folder / f"{dataset.lower()}_{method}_seed{run.summary['seed']}.json", run.text)
 

@@ -45,6 +45,7 @@ class LossMeter:
 
     def __init__(self, where: str, *names: str):
         self.where, self.names, self.rows, self.first = where, names, [], 1
+        self.loaded = torch.empty(0, len(names))  # rows of a resumed run, on the host
 
     def add(self, losses: Tensor):
         """The next step's losses (len(names),)."""
@@ -52,7 +53,7 @@ class LossMeter:
 
     def table(self) -> Tensor:
         """The losses (steps, names) on the host. Raises UserError naming the first that is NaN or infinite."""
-        table = torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
+        table = torch.cat([self.loaded, torch.stack(self.rows).cpu()]) if self.rows else self.loaded
         if not torch.isfinite(table).all():
             row, column = (~torch.isfinite(table)).nonzero()[0].tolist()
             raise UserError(f"{self.where}, iteration {self.first + row}: {self.names[column]} is {table[row, column].item()}; "
@@ -61,17 +62,17 @@ class LossMeter:
 
     def read(self) -> dict[str, float]:
         """Means since the last reading, by name; nothing if there was no step."""
-        if not self.rows:
-            return {}
         table = self.table()
-        self.rows, self.first = [], self.first + len(table)
+        self.rows, self.loaded, self.first = [], table[:0], self.first + len(table)
+        if not len(table):
+            return {}
         return dict(zip(self.names, table.mean(dim=0).tolist()))
 
     def state_dict(self) -> dict:
         return {"rows": self.table(), "first": self.first}
 
     def load_state_dict(self, state: dict):
-        self.rows, self.first = list(state["rows"]), state["first"]
+        self.rows, self.loaded, self.first = [], state["rows"], state["first"]
 
 
 def fit_scen(scen: SCEN, maps: FeatureMaps, sampler: BalancedSampler, labels: Tensor, seen: Tensor,
@@ -127,7 +128,7 @@ def embed(scen: SCEN, maps: FeatureMaps, progress) -> tuple[Tensor, Tensor]:
 def embed_splits(scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]]) -> dict[str, Embedding]:
     """Fit the scaler on trainval and embed every split: the only pass over feature maps once SCEN is frozen.
 
-    splits: name -> (feature maps, labels), with trainval among them.
+    splits: name -> (feature maps, labels), with trainval among them. Returns the Embedding of each.
     """
     total = sum(len(maps) for maps, _ in splits.values())
     with tqdm(total=total, desc="dense-semantic features", unit="image", disable=None, leave=False) as progress:
@@ -136,12 +137,17 @@ def embed_splits(scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]]) -> d
     return {name: Embedding(scen.gen.scaler(g), S, splits[name][1]) for name, (g, S) in raw.items()}
 
 
+def distill_targets(trainval: Embedding, config: Config) -> Tensor:
+    """What the global classifier learns: local logits (n, C) or, in the ablation, labels (n,)."""
+    return trainval.local_logits if config.distill_target == "logits" else trainval.y
+
+
 def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler, config: Config, checkpoint: Checkpoint, log):
     """Stage 2 on cached features: the global classifier learns the local logits of all C classes by MSE.
 
     In the ablation distill_target: labels it learns trainval's labels by cross entropy, and so nothing of unseen classes.
     """
-    x, S, y = trainval
+    x, targets = trainval.x, distill_targets(trainval, config)
     optimizer = rmsprop(classifier.parameters(), config.scen_lr, config)
     meter = LossMeter("stage 2 (distillation)", "loss_distill")
     checkpoint.track(distill_optimizer=optimizer, distill_losses=meter)
@@ -149,8 +155,7 @@ def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler
     batches = sampler.draw(config.distill_iterations).to(x.device)
     for iteration in checkpoint.steps("distill", config.distill_iterations, config.checkpoint_every, "iteration"):
         positions = batches[iteration - 1]
-        target = S[positions] if config.distill_target == "logits" else y[positions]
-        meter.add(distill_step(classifier, optimizer, x[positions], target))
+        meter.add(distill_step(classifier, optimizer, x[positions], targets[positions]))
         if iteration % config.log_freq_iteration == 0 or iteration == config.distill_iterations:
             log(iteration, meter.read())
     checkpoint.forget("distill_optimizer", "distill_losses")

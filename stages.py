@@ -10,8 +10,8 @@ from graphs import GraphedIterations
 from model import SCEN, Scaler, global_classifier
 from protocol import Selection
 from report import describe
-from scen import Embedding, Embeddings, LossMeter, distill, distill_step, embed_splits, fit_scen, rmsprop, scen_step
-from util import seed_stream
+from scen import Embedding, Embeddings, LossMeter, distill, distill_step, distill_targets, embed_splits, fit_scen, rmsprop, scen_step
+from util import UserError, seed_stream
 from xlsa17 import Split
 
 SPLITS = ("trainval", "test_seen", "test_unseen")
@@ -48,7 +48,7 @@ class Training:
     def load_maps(self) -> dict[str, FeatureMaps]:
         """The feature maps of each split: trainval where stage 1 draws from it, the others streamed."""
         if self.maps is None:
-            with self.checkpoint.timed("read"):
+            with self.checkpoint.timed(f"{self.checkpoint.phase}read"):
                 self.maps = {name: FeatureMaps(self.features, getattr(self.split, name), self.device,
                                                self.place if name == "trainval" else Place("none")) for name in SPLITS}
         return self.maps
@@ -58,6 +58,7 @@ class Training:
         if self.checkpoint.steps_done("scen") < self.config.scen_iterations:
             fit_scen(self.scen, self.load_maps()["trainval"], self.sampler, self.labels["trainval"], self.seen, self.config,
                      self.checkpoint, self.log_iteration("scen"))
+        self.checkpoint.forget("scen_optimizer", "scen_losses")  # also those of a run that was stopped at the stage's very end
         self.scen.requires_grad_(False).eval()
 
     def log_iteration(self, stage: str):
@@ -66,11 +67,15 @@ class Training:
     def embed(self):
         """SCEN is frozen from here on: every image is embedded once (again only in the joint schedule)."""
         for _ in self.checkpoint.once("embed"):
-            maps = self.load_maps()
-            self.embeddings.update(embed_splits(self.scen, {name: (maps[name], self.labels[name]) for name in SPLITS}))
+            self.embed_all()
             self.report("local", lambda split: split.local_logits)
         if self.config.scen_schedule == "frozen":
             self.maps = None  # the feature maps are done with
+
+    def embed_all(self):
+        """Every split's Embedding by SCEN as it is now."""
+        maps = self.load_maps()
+        self.embeddings.update(embed_splits(self.scen, {name: (maps[name], self.labels[name]) for name in SPLITS}))
 
     def pool(self):
         """In SCEN's place, the CNN-feature baseline: the backbone's own visual features, scaled as SCEN's are."""
@@ -102,13 +107,14 @@ class Training:
         guide = None if config.visual_features == "cnn" else self.classifier
         self.eggn = eggn = EGGN(self.features.shape[0], self.att, guide, config).to(self.device)
         meter = LossMeter("stage 3 (EGGN)", *LOSSES)
-        joint = Joint(self) if config.scen_schedule == "joint" and config.nepoch else None
         self.checkpoint.track(eggn=eggn, eggn_losses=meter, selection=self.selection,
                               **{f"eggn_optimizer_{name}": optimizer for name, optimizer in eggn.optimizers.items()})
         iterate = GraphedIterations(eggn) if self.device.type == "cuda" else eggn.iterate
         a_pass = -(-len(self.labels["trainval"]) // self.sampler.batch_size)
         an_epoch = a_pass * config.feedback_loop
-        for step in self.checkpoint.steps("eggn", config.nepoch * an_epoch, config.checkpoint_every, "iteration"):
+        total = config.nepoch * an_epoch
+        joint = Joint(self, total) if config.scen_schedule == "joint" and total else None
+        for step in self.checkpoint.steps("eggn", total, config.checkpoint_every, "iteration"):
             epochs_done, within = divmod(step - 1, an_epoch)
             # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: the pass through it is left out
             feedback = within // a_pass == 1 and config.a1 > 0
@@ -125,10 +131,10 @@ class Training:
         values = {"epoch": epoch} | losses
         if self.selection.wants(epoch, self.config):
             seed_stream(self.config.seed, "evaluate", epoch)
-            with self.checkpoint.timed("evaluate"):
+            with self.checkpoint.timed(f"{self.checkpoint.phase}evaluate"):
                 scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config)
                 values |= self.selection.update(epoch, scores)
-            if scores.linear and epoch == self.config.nepoch:
+            if scores.linear and not self.checkpoint.phase and epoch == self.config.nepoch:
                 curve = seen_unseen_curve(self.eggn, scores.linear, self.embeddings, self.unseen)
                 self.checkpoint.facts |= {"ausuc": area_under(curve), "curve": curve}
             print(f"{self.checkpoint.phase}epoch {epoch}: {describe(Metrics(**self.selection.last))}", flush=True)
@@ -142,10 +148,16 @@ class Training:
 
 
 class Joint:
-    """The joint schedule: SCEN learns on while EGGN trains, its features and the distilled classifier follow."""
+    """The joint schedule: SCEN learns on while EGGN trains, its features and the distilled classifier follow.
 
-    def __init__(self, training: Training):
+    total: EGGN's iterations. After the last new embedding SCEN stands still: the one saved is the one EGGN has seen.
+    """
+
+    def __init__(self, training: Training, total: int):
         self.training, config = training, training.config
+        self.last = total - total % config.joint_refresh
+        if not self.last:
+            raise UserError(f"joint_refresh {config.joint_refresh} is above the {total} iterations of EGGN: SCEN would never be followed")
         self.maps = training.load_maps()
         self.optimizer = rmsprop(training.scen.parameters(), config.joint_lr, config)
         self.distill_optimizer = rmsprop(training.classifier.parameters(), config.joint_lr, config)
@@ -155,21 +167,21 @@ class Joint:
     def follow(self, step: int):
         """What is due after EGGN's iteration `step`: a step of SCEN, a new embedding."""
         training, config = self.training, self.training.config
-        if step % config.joint_every == 0:
+        if step % config.joint_every == 0 and step <= self.last:
             (positions, maps), = self.maps["trainval"].batches(training.sampler, 1)
             training.scen.requires_grad_(True)
             self.meter.add(scen_step(training.scen, self.optimizer, maps, training.labels["trainval"][positions], training.seen, config))
             training.scen.requires_grad_(False)
         if step % config.joint_refresh == 0:
             training.log("joint", {"iteration": step} | self.meter.read())
-            training.embeddings.update(embed_splits(training.scen, {name: (self.maps[name], training.labels[name]) for name in SPLITS}))
+            training.embed_all()
             self.distill()
 
     def distill(self):
         """Let the global classifier follow the new features; it guides EGGN, and so is frozen before and after."""
-        x, S, y = self.training.embeddings["trainval"]
+        trainval = self.training.embeddings["trainval"]
+        x, targets = trainval.x, distill_targets(trainval, self.training.config)
         self.training.classifier.requires_grad_(True)
         for positions in self.training.sampler.draw(self.training.config.joint_distill_iterations).to(x.device):
-            target = S[positions] if self.training.config.distill_target == "logits" else y[positions]
-            distill_step(self.training.classifier, self.distill_optimizer, x[positions], target)
+            distill_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions])
         self.training.classifier.requires_grad_(False)

@@ -6,46 +6,46 @@
 """
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import torch
 
-from checkpoint import Checkpoint, Stopped, check_identity, code_version, read_checkpoint
+from checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
 from config import Config, parse_flags, read_config
 from dataset import Features, Place, choose_place, open_features
 from logs import Run, folder_to_resume, git_commit, new_folder, wandb_mode
 from protocol import present, validation_split
 from report import result_rows, result_table, results, save_curve
+from reuse import find_scen, identity_of_code, identity_of_data
 from stages import Training
 from util import (FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, peak_memory_gb, pick_device,
                   remove_partials, seed_everything)
 from xlsa17 import feature_file, read_split
 
 CONFIGS = Path(__file__).resolve().parent / "wandb_config"
-# the keys that stage 1 depends on
-SCEN_KEYS = ("seed", "matmul_precision", "backbone", "img_size", "batch_size", "scen_iterations", "scen_lr",
-             "scen_weight_decay", "scen_momentum", "lambda_local", "lambda_global")
 
 
 def train(dataset: str, features: Features, config: Config, device: torch.device, place: Place, run: Run,
           checkpoint: Checkpoint, scen: dict | None) -> tuple[str, dict]:
-    """The whole procedure; scen: weights to start from (`find_scen`). Returns the result table as text and the summary."""
+    """The whole procedure; scen: weights to start from (`find_scen`). Returns the result table as text and the summary.
+
+    Raises UserError for a loss that is not finite and for splits that protocol validated cannot divide.
+    """
     seed_everything(config.seed)
     torch.set_float32_matmul_precision(config.matmul_precision)
     facts = checkpoint.facts
-    if config.protocol == "validated" and "choice" not in facts:
+    if config.protocol == "validated" and config.nepoch and "choice" not in facts:
         checkpoint.begin("validation ")
         split = validation_split(features.split, config.val_share, config.seed, features.path)
         validation = Training(features, split, config, device, place, checkpoint, lambda stage, values: run.log(
             f"validation {stage}", {name if name in ("iteration", "epoch") else f"val_{name}": value for name, value in values.items()}))
         validation.run()
-        facts["choice"] = validation.selection.pick() if config.nepoch else {}
-        facts["validation"] = {f"val_{name}": value for name, value in validation.selection.best().items()} if config.nepoch else {}
+        facts["choice"] = validation.selection.pick()
+        facts["validation"] = {f"val_{name}": value for name, value in validation.selection.best().items()}
         del validation
     checkpoint.begin("")
     training = Training(features, features.split, config, device, place, checkpoint, run.log, facts.get("choice"))
@@ -63,7 +63,7 @@ def train(dataset: str, features: Features, config: Config, device: torch.device
     summary = {"dataset": dataset, "method": config.method, "protocol": config.protocol, "seed": config.seed}
     summary |= identity_of_data(features) | {"full_published_split": features.split.is_published(dataset), "git_commit": git_commit()}
     seconds = facts["seconds"] | {"eggn": facts["seconds"].get("eggn", 0.0) - facts["seconds"].get("evaluate", 0.0)}
-    summary |= {"device": str(device), "torch": torch.__version__, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
+    summary |= identity_of_code(device) | {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     summary |= peak_memory_gb(device) | present({name: facts.get(name) for name in ("scen_from", "ausuc")}) | facts.get("validation", {})
     for name in ("local", "global"):
         summary |= {f"{name}_{key}": value for key, value in facts.get(name, {}).items()}
@@ -83,30 +83,8 @@ def draw_figures(run: Run, dataset: str, config: Config, features: Features, dat
         try:
             visualize.save(draw(), run.folder / name)
             run.log_picture(name, run.folder / f"{name}.png")
-        except UserError as error:
-            print(f"no {name} picture: {error}")
-
-
-def identity_of_data(features: Features) -> dict:
-    """What tells one feature file from another, without reading it through."""
-    made_by = {name: str(features.provenance[name]) for name in sorted(features.provenance)}
-    return {"split_fingerprint": features.split.fingerprint, "backbone": made_by.get("backbone", "unknown"),
-            "features": hashlib.sha256(repr((made_by, features.shape, features.path.stat().st_size)).encode()).hexdigest()[:12]}
-
-
-def find_scen(runs: Path, config: Config, features: Features) -> dict | None:
-    """--reuse_scen: the newest finished run with this run's stage 1 (features, split, every key of it): its name and SCEN."""
-    wanted = identity_of_data(features) | {"scen_schedule": "frozen", "visual_features": "dense"}
-    wanted |= {name: getattr(config, name) for name in SCEN_KEYS}
-    for path in sorted(runs.glob("*/summary.json"), reverse=True):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # half a run, or none of ours
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            made = summary | summary["config"] if "config" in summary else {}
-            if all(made.get(name) == value for name, value in wanted.items()):
-                scen = torch.load(path.parent / "model.pt", map_location="cpu", weights_only=True)["scen"]
-                print(f"SCEN is taken from {path.parent}")
-                return {"scen": scen, "run": path.parent.name}
-    return None
+        except Exception as error:  # the run is finished: a picture is not worth a traceback
+            print(f"no {name} picture: {UserError(error)}")
 
 
 def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
@@ -139,6 +117,31 @@ def place_of_maps(features: Features, device: torch.device, cache: str) -> Place
     return place
 
 
+def resume_command(folder: Path, options) -> str:
+    """The command that goes on with a run, with the flags that are not in its config."""
+    kept = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in vars(options).items()
+                   if name in ("device", "data_root", "cache", "wandb") and value not in (None, "auto", Path("data")))
+    return f"python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder.resolve()))}{kept}"
+
+
+@contextlib.contextmanager
+def ending(run: Run, resume: str):
+    """Close the logs however the run ends. A stop names the command to go on with; too little memory what to change."""
+    try:
+        yield
+    except Stopped as stop:
+        run.close(exit_code=1)
+        print(f"stopped; go on with: {resume}", flush=True)
+        sys.exit(128 + stop.signum)
+    except BaseException as error:
+        run.close(exit_code=1)
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            raise UserError("the memory is full: lower --batch_size or --syn_num, make the networks smaller, or keep the feature maps elsewhere "
+                            f"(--cache ram, --cache disk), in a new run; on a larger machine: {resume}") from None
+        raise
+    run.close(exit_code=0)
+
+
 def main(dataset: str, config_name: str, argv=None):
     """Parse flags, check everything that can be checked, train (or go on training), print the table."""
     parser = FlagParser(f"Train SC-EGG on {dataset}.")
@@ -158,46 +161,39 @@ def main(dataset: str, config_name: str, argv=None):
                         help="default: WANDB_MODE, else online if logged in and offline if not")
     options, overrides = parse_flags(parser, argv)
     keep_freed_memory()
-    saved, resumed = None, None
-    if options.resume is not None:
-        resumed = folder_to_resume(options.runs, dataset, options.resume)
-        saved = read_checkpoint(resumed / "checkpoint.pt")
-    config = read_config(options.config or [resumed / "config.yaml" if resumed else CONFIGS / config_name], overrides)
-    device = pick_device(options.device)
-    path = options.features or (Path(saved["facts"]["features"]) if saved else made_features(dataset, config.backbone))
-    features = open_features(path, config.backbone, config.img_size, dataset)
-    check_against_xlsa17(options.data_root, dataset, features)
-    identity = {"dataset": dataset} | dataclasses.asdict(config) | identity_of_data(features) | {
-        "code": code_version(), "torch": str(torch.__version__), "device": device.type}
-    if saved:
-        check_identity(saved["identity"], identity, resumed / "checkpoint.pt")
-    print(features.split.describe(dataset))
-    place = place_of_maps(features, device, options.cache)
-    scen = find_scen(options.runs, config, features) if options.reuse_scen else None
-    folder = resumed or new_folder(options.runs, dataset)
-    with locked(folder / ".lock", f"training {folder}"):
+    with contextlib.ExitStack() as held:
+        folder = saved = None
+        if options.resume is not None:
+            folder = folder_to_resume(options.runs, dataset, options.resume)
+            held.enter_context(locked(folder / ".lock", f"training {folder}"))
+            saved = read_checkpoint(folder / "checkpoint.pt")
+        config = read_config(options.config or [folder / "config.yaml" if folder else CONFIGS / config_name], overrides)
+        device = pick_device(options.device)
+        path = options.features or (Path(saved["facts"]["features"]) if saved else made_features(dataset, config.backbone))
+        features = open_features(path, config.backbone, config.img_size, dataset)
+        check_against_xlsa17(options.data_root, dataset, features)
+        identity = {"dataset": dataset} | dataclasses.asdict(config) | identity_of_data(features) | identity_of_code(device)
+        if saved:
+            check_identity(saved["identity"], identity, folder / "checkpoint.pt")
+        print(features.split.describe(dataset))
+        place = place_of_maps(features, device, options.cache)
+        scen = find_scen(options.runs, config, features, device) if options.reuse_scen else None
+        if not saved:
+            folder = new_folder(options.runs, dataset)
+            held.enter_context(locked(folder / ".lock", f"training {folder}"))
         remove_partials(folder)
-        print(f"run {folder} on {device}" + (", resumed" if resumed else ""))
+        print(f"run {folder} on {device}" + (", resumed" if saved else ""))
         known = saved["facts"] if saved else {"features": str(path.resolve()), "logged": 0,
                                               "wandb_id": os.environ.get("WANDB_RUN_ID", folder.name)}
         run = Run(folder, config, dataset, wandb_mode(options.wandb), known["wandb_id"], known["logged"])
         checkpoint = Checkpoint(run, identity, saved)
         checkpoint.facts |= known
-        try:
+        with ending(run, resume_command(folder, options)):
             with checkpoint.signals():
                 table, summary = train(dataset, features, config, device, place, run, checkpoint, scen)
+            run.finish(summary)
             if config.log_figures:
                 draw_figures(run, dataset, config, features, options.data_root)
-            run.finish(summary)
-        except BaseException as error:
-            run.close(exit_code=1)
-            if isinstance(error, Stopped):
-                print(f"stopped; go on with: python {Path(sys.argv[0]).name} --resume {folder}", flush=True)
-                sys.exit(128 + error.signum)
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise UserError("the GPU's memory is full: lower --batch_size or --syn_num, or keep the feature maps elsewhere (--cache ram, "
-                                f"--cache disk); then start anew, or on a larger GPU: --resume {folder}") from None
-            raise
     print(f"saved {run.folder}: config.yaml, metrics.jsonl, summary.json, model.pt\n\n{table}")
 
 

@@ -184,6 +184,15 @@ def write_text(path: Path, text: str):
         temporary.write_text(text, encoding="utf-8")
 
 
+def save_tensors(path: Path, state: dict):
+    """torch.save to `path`, atomically. Raises UserError as atomic_path does."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch's writer makes of a full disk while it closes its archive
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+
+
 def seed_everything(seed: int):
     """Seed Python, numpy and torch (every device), so that one number repeats a CPU run bit for bit."""
     random.seed(seed)
@@ -216,6 +225,7 @@ def pick_device(name: str | None) -> torch.device:
                             "can use; leave the flag out to run on the CPU")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UserError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+        torch.cuda.set_device(device)  # streams, pinned memory and CUDA graphs go by the current device
     elif device.type != "cpu":
         raise UserError(f"--device {name}: only cpu and cuda are supported")
     return device

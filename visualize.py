@@ -72,8 +72,8 @@ def load_run(folder: Path, features: Path | None = None) -> Trained:
         weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
         fingerprint = weights["split_fingerprint"]
     except Exception as error:  # whatever json and torch raise over damaged files
-        raise UserError(f"{folder}: summary.json or model.pt is damaged ({str(error).splitlines()[0]})") from None
-    if dataset not in LAYOUTS:
+        raise UserError(f"{folder}: summary.json or model.pt is damaged ({UserError(error)})") from None
+    if dataset not in list(LAYOUTS):
         raise UserError(f"{folder / 'summary.json'}: there is no dataset {dataset}")
     opened = open_features(features or feature_file(dataset, config.backbone), config.backbone, config.img_size, dataset)
     if opened.split.fingerprint != fingerprint:
@@ -86,7 +86,7 @@ def restore(module: nn.Module, run: Trained, part: str) -> nn.Module:
     """The module with the run's weights, frozen."""
     try:
         module.load_state_dict(run.weights[part])
-    except RuntimeError:
+    except (RuntimeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{run.name}: its {part} weights do not fit; were they made with other features or another version?") from None
     return module.requires_grad_(False).eval()
 
@@ -359,6 +359,8 @@ def read_curve(path: Path) -> np.ndarray:
         raise UserError(f"{path} is missing: the run is not finished, or has no GZSL (gzsl: false, or nepoch 0)") from None
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a seen-unseen curve (seen_bias,acc_seen,acc_unseen): {error!r}") from None
+    if not np.isfinite([row[1:] for row in rows]).all():
+        raise UserError(f"{path} holds NaN or infinity")
     if len(rows) < 2:
         raise UserError(f"{path} holds {len(rows)} points, a curve needs two")
     return np.array(sorted(rows, key=lambda row: row[0]))
@@ -410,8 +412,8 @@ def parse_arguments(argv=None):
     attention.add_argument("--weights", type=Path, default=None, help="the backbone's state dict, if the features were made with one")
     options = parser.parse_args(argv)
     for name, least in (("seed", 0), ("count", 1)):
-        if getattr(options, name, least) < least:
-            raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
+        if not least <= getattr(options, name, least) < 2**32:
+            raise UserError(f"--{name} {getattr(options, name)}: must be from {least} to {2**32 - 1}")
     for folder in (options.run, getattr(options, "cnn_run", None)):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: there is no such run")

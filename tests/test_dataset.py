@@ -198,6 +198,9 @@ def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     for cache, size, message in (("disk", 2 * free, "do not fit"), ("device", 1, "has no GPU")):
         with pytest.raises(UserError, match=f"--cache {cache}: .*{message}"):
             choose_place(size, cpu, tmp_path, True, cache)
+    with open(tmp_path / "of.hdf5.1.cache", "wb") as file:
+        file.truncate(2 * free)  # a sparse file
+    assert choose_place(2 * free, cpu, tmp_path, True, "disk") == Place("disk")  # what is there needs no room
 
 
 def test_the_disk_cache_is_made_once_and_again_for_a_changed_file(features):

@@ -1,4 +1,5 @@
 """What only a GPU can show, and what must hold without one."""
+import contextlib
 import dataclasses
 
 import pytest
@@ -38,6 +39,49 @@ def test_where_capturing_fails_iterations_stay_ordinary_ones(capsys):
     assert capsys.readouterr().out.count("CUDA graphs are not used: ") == 2 and iterate.graphs == {False: None, True: None}
     assert torch.equal(losses, plain_losses)
     assert all(torch.equal(tensor, fallen.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("freeze_dec", [False, True])
+def test_a_capture_that_fails_half_way_leaves_no_trace(monkeypatch, freeze_dec):
+    """The capture stops inside the generator's step, when parts of the networks are frozen for it."""
+    monkeypatch.setitem(globals(), "CONFIG", dataclasses.replace(CONFIG, freeze_dec=freeze_dec))
+    plain, plain_losses, _ = trained(16, "cpu", graphed=False)
+
+    class Capture(contextlib.nullcontext):
+        def __init__(self, *_):
+            super().__init__()
+            self.patch = pytest.MonkeyPatch()
+
+        def __enter__(self):
+            def refuse(*_):
+                raise RuntimeError("cannot be captured")
+            self.patch.setattr("eggn.vae_loss", refuse)
+
+        def __exit__(self, *_):
+            self.patch.undo()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    fallen, losses, iterate = trained(16, "cpu", graphed=True)
+    assert iterate.graphs == {False: None, True: None} and torch.equal(losses, plain_losses)
+    assert all(torch.equal(tensor, fallen.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_a_graph_that_does_nothing_is_not_trusted():
+    """Also where learning rates are small: the state put back must not pass for the state after an iteration."""
+    eggn, _, _ = trained(5, "cpu", graphed=False)
+    for optimizer in eggn.optimizers.values():
+        optimizer.param_groups[0]["lr"] = 1e-6
+    graphed = GraphedIterations(eggn)
+    before = [tensor.clone() for tensor in graphed.state()]
+    y = torch.tensor([0, 1, 3, 4, 6, 7, 8])
+    eggn.iterate(draw_iteration(eggn, torch.rand(7, 24), y, BalancedSampler(y, 7), torch.tensor([2, 5])), True)
+    after = [tensor.clone() for tensor in graphed.state()]
+    assert graphed.changed_alike(before, after)
+    with torch.no_grad():
+        for tensor, value in zip(eggn.parameters(), before):
+            tensor.copy_(value)
+    assert not graphed.changed_alike(before, after)
 
 
 @needs_cuda

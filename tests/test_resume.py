@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
 
+import reuse
 import train_joint
 from checkpoint import Checkpoint
 from scen import LossMeter
@@ -144,7 +145,8 @@ def test_a_signal_saves_and_names_the_command_to_go_on(features, tmp_path, signu
     out, err = process.communicate(timeout=60)
     folder, = (tmp_path / "runs").iterdir()
     assert process.returncode == status and "Traceback" not in err
-    assert out.splitlines()[-1] == f"stopped; go on with: python train_joint_CUB.py --resume {folder}"
+    assert out.splitlines()[-1] == (f"stopped; go on with: python train_joint_CUB.py --resume {folder} --data_root none --device cpu "
+                                    "--wandb disabled")
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert saved["steps"]["scen"] > 0
 
@@ -174,7 +176,7 @@ def test_a_checkpoint_of_another_config_data_or_code_is_refused(features, tmp_pa
     with pytest.raises(UserError, match="split_fingerprint was"):
         train(other, tmp_path / "runs", {}, "--resume", folder.name)
     with monkeypatch.context() as patch:
-        patch.setattr(train_joint, "code_version", lambda: "0123")
+        patch.setattr(reuse, "code_version", lambda: "0123")
         with pytest.raises(UserError, match="code was .* and is 0123"):
             train(features, tmp_path / "runs", {}, "--resume")
     train(features, tmp_path / "runs", {}, "--resume", str(folder))
@@ -197,7 +199,9 @@ def test_resuming_needs_no_flags(features, tmp_path, monkeypatch):
 def test_two_processes_do_not_resume_one_run(features, tmp_path, monkeypatch):
     folder = stop(features, tmp_path / "runs", monkeypatch)
     with train_joint.locked(folder / ".lock", "training it"), pytest.raises(UserError, match="another process is training"):
-        train(features, tmp_path / "runs", {}, "--resume")
+        train(features, tmp_path / "runs", {}, "--resume", folder.name)
+    with train_joint.locked(folder / ".lock", "training it"), pytest.raises(UserError, match="no unfinished run"):
+        train(features, tmp_path / "runs", {}, "--resume")  # the last one that is not being trained
 
 
 def test_eight_runs_started_at_once_share_nothing_but_the_cache(features, tmp_path):
@@ -215,6 +219,35 @@ def test_eight_runs_started_at_once_share_nothing_but_the_cache(features, tmp_pa
     assert len(folders) == 8 and len(list(tmp_path.glob("*.cache"))) == 1 and not list(tmp_path.rglob("*partial*"))
     metrics = [[line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"stage": "eggn"' in line] for folder in folders]
     assert all(lines == metrics[0] for lines in metrics) and metrics[0]
+
+
+@pytest.mark.parametrize("at", [("validation scen", 20), ("validation embed", 1), ("validation distill", 30), ("validation eggn", 28),
+                                ("scen", 1), ("scen", 20), ("embed", 1), ("score", 1)], ids=str)
+def test_a_validated_run_killed_where_stages_and_phases_meet(features, tmp_path, monkeypatch, at):
+    steps = Checkpoint.steps
+
+    def dying(self, stage, total, every, unit):
+        for step in steps(self, stage, total, every, unit):
+            if (self.phase + stage, step) == at:
+                raise Killed
+            yield step
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "steps", dying)
+        train(features, tmp_path / "killed", SETTINGS["validated"])
+    train(features, tmp_path / "killed", SETTINGS["validated"], "--resume")
+    train(features, tmp_path / "whole", SETTINGS["validated"])
+    assert_same(outcome(tmp_path / "killed"), outcome(tmp_path / "whole"))
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(features, tmp_path):
+    """A limit on the size of files stands for the disk: the first checkpoint fits, EGGN's do not."""
+    argv = arguments(features, tmp_path / "runs", {"ngh": 256, "ndh": 256})
+    done = subprocess.run(["bash", "-c", 'ulimit -f 300; exec "$@"', "bash", sys.executable, ROOT / "train_joint_CUB.py", "--config",
+                           ROOT / "wandb_config/sun_gzsl.yaml", *argv], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "free some disk space" in done.stderr, done.stderr
+    folder, = (tmp_path / "runs").iterdir()
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["steps"]["distill"] > 0 and not list(folder.glob("*partial*"))
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no archive", None])
