@@ -92,6 +92,10 @@ class Config:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# the keys that stages 1 and 2 depend on, less the seed
+SCEN_KEYS = ("matmul_precision", "backbone", "img_size", "batch_size", "scen_iterations", "scen_lr", "scen_weight_decay", "scen_momentum",
+             "lambda_local", "lambda_global")
+DISTILL_KEYS = ("compose_runtime", "distill_iterations", "distill_target", "distill_hidden")
 # W&B writes these two beside the hyperparameters when it saves a run's config.yaml
 WANDB_BOOKKEEPING = {"_wandb", "wandb_version"}
 

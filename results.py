@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from config import DISTILL_KEYS, SCEN_KEYS
 from tables import FORMATS, METRICS, Row, Table, draw
 from util import FlagParser, UserError, exit_on_user_error, write_text
 from xlsa17 import LAYOUTS
@@ -26,6 +27,7 @@ PUBLISHED = Path(__file__).resolve().parent / "figs" / "published.csv"
 # how a row's epochs were picked, and the prefix of its metrics in a summary, by the run's protocol
 SELECTIONS = {"paper": {"best on test": "best_", "last epoch": "last_"}, "validated": {"validated": ""}}
 WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose runs speak for SCEN alone
+OF_SCEN = SCEN_KEYS + DISTILL_KEYS
 SCEN_ALONE = {"SCEN alone: local classifier": "local_", "SCEN alone: distilled classifier": "global_"}
 PREFIXES = ("", "best_", "last_", *SCEN_ALONE.values())
 GCM_CF = "GCM-CF's H on AWA2 is as published; it does not follow from its U and S."
@@ -154,11 +156,10 @@ def group_runs(runs: list[Run]) -> list[Group]:
     groups = []
     for same_kind in kinds.values():
         known = [some[0].config for some in same_kind.values() if some[0].config is not None]
-        keys = [key for key in sorted(set().union(*known)) if len({canonical(config.get(key, "absent")) for config in known}) > 1]
+        keys = sorted(set().union(*known))
         for same_config in same_kind.values():
             first = same_config[0]
-            differs = ([f"{key}={canonical(first.config.get(key, 'absent'))}".replace('"', "") for key in keys]
-                       if first.config is not None else ["config unknown"])
+            differs = differences(first.config, known, keys) if first.config is not None else ["config unknown"]
             if first.ranked and len(releases[first.summary["dataset"]]) > 1:
                 differs.append(f"split={first.summary['split_fingerprint']}")
             groups.append(Group(first.summary["method"] + (f" ({', '.join(differs)})" if differs else ""), same_config))
@@ -166,6 +167,12 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 # ---- the table: blocks of rows of cells
+
+def differences(config: dict, others: list[dict], keys) -> list[str]:
+    """What sets `config` apart: key=value for each of `keys` in which `others` are not all alike."""
+    return [f"{key}={canonical(config.get(key, 'absent'))}".replace('"', "") for key in keys
+            if len({canonical(other.get(key, "absent")) for other in others}) > 1]
+
 
 def published_rows(datasets: list[str]) -> dict[str, list[Row]]:
     """The published methods that have a number on one of `datasets`, by family (figs/published.csv, the paper's table)."""
@@ -193,13 +200,18 @@ def our_rows(groups: list[Group], marks: dict[tuple, str]) -> list[Row]:
         row.cells |= cells
         row.runs[dataset] = len(runs)
 
-    # whatever EGGN makes of it, there is one SCEN: the SC-EGG group with most seeds stands for all on its data
+    # whatever EGGN makes of it, SCEN is the same where its own keys are: the SC-EGG group with most seeds stands for all of them
     by_seeds = sorted(groups, key=lambda each: (each.runs[0].summary["protocol"] == "paper", len(each.runs)))
-    scen = {(each.runs[0].summary["dataset"], marks.get(each.runs[0].place)): each.runs
-            for each in by_seeds if each.runs[0].summary["method"] in WITH_SCEN}
-    for runs in scen.values():
-        for method, prefix in SCEN_ALONE.items():
-            add(method, runs, prefix)
+    scen = collections.defaultdict(dict)
+    for runs in (each.runs for each in by_seeds if each.runs[0].summary["method"] in WITH_SCEN):
+        config = runs[0].config or {}
+        scen[runs[0].summary["dataset"], marks.get(runs[0].place)][canonical([config.get(key) for key in OF_SCEN])] = runs
+    for alternatives in scen.values():
+        configs = [runs[0].config or {} for runs in alternatives.values()]
+        for runs, config in zip(alternatives.values(), configs):
+            differs = ", ".join(differences(config, configs, OF_SCEN))
+            for method, prefix in SCEN_ALONE.items():
+                add(method + (f" ({differs})" if differs else ""), runs, prefix)
     for each in (each for each in groups if each.runs[0].summary["method"] != "SCEN alone"):
         for selection, prefix in SELECTIONS[each.runs[0].summary["protocol"]].items():
             add(f"{each.label}, {selection}", each.runs, prefix)

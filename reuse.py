@@ -6,12 +6,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import code_version
-from config import Config
+from config import SCEN_KEYS, Config
 from dataset import Features
-
-# the keys that stage 1 depends on
-SCEN_KEYS = ("seed", "matmul_precision", "backbone", "img_size", "batch_size", "scen_iterations", "scen_lr",
-             "scen_weight_decay", "scen_momentum", "lambda_local", "lambda_global")
 
 
 def identity_of_data(features: Features) -> dict:
@@ -34,7 +30,7 @@ def find_scen(runs: Path, config: Config, features: Features, device: torch.devi
     if config.visual_features == "cnn":
         return None
     wanted = identity_of_data(features) | identity_of_code(device) | {"scen_schedule": "frozen", "visual_features": "dense"}
-    wanted |= {name: getattr(config, name) for name in SCEN_KEYS}
+    wanted |= {name: getattr(config, name) for name in ("seed", *SCEN_KEYS)}
     for path in sorted(runs.glob("*/summary.json"), reverse=True):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))

@@ -136,6 +136,15 @@ def test_configs_that_differ_are_rows_that_say_how(tmp_path, capsys):
                                ("config unknown", "1"))}
 
 
+def test_scen_alone_has_a_row_for_each_of_its_own_configs(tmp_path, capsys):
+    for index, (precision, syn_num) in enumerate((("highest", 200), ("highest", 300), ("medium", 200))):
+        write_run(tmp_path, str(index), 20.0 + index, config={"seed": 1, "syn_num": syn_num, "matmul_precision": precision})
+    rows, _ = table(capsys, tmp_path, "--dataset", "CUB")
+    alone = {method: row["acc_zs"] for (method, _), row in rows.items() if method.startswith("SCEN alone: local")}
+    assert alone.keys() == {f"SCEN alone: local classifier (matmul_precision={precision})" for precision in ("highest", "medium")}
+    assert alone["SCEN alone: local classifier (matmul_precision=medium)"] == "22.0000"
+
+
 def test_two_releases_of_the_published_split_are_two_rows(tmp_path, capsys):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", start=50.0, split_fingerprint="0123456789ab")

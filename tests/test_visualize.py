@@ -247,7 +247,7 @@ def test_baseline_runs_by_name(made, run, tmp_path):
     (["tsne", "--run", "RUN", "--features", "none.hdf5"], "none.hdf5 is missing"),
     (["attention", "--run", "RUN", "--data_root", "none"], "is not a readable image"),
     (["attention", "--run", "RUN", "--images", "text.jpg"], "text.jpg is not a readable image"),
-    (["attention", "--run", "RUN", "--count", "0"], "--count 0: must be at least 1"),
+    (["attention", "--run", "RUN", "--count", "0"], "--count 0: must be from 1"),
     (["curve", "--run", "RUN"], "seen_unseen_curve.csv is missing"), (["curve", "--run", "."], "is not a seen-unseen curve"),
     (["tsne", "--run", "."], "config.yaml is missing: name a run's folder"), (["paint"], "invalid choice: 'paint'")])
 def test_mistakes(made, tmp_path, monkeypatch, argv, message):
