@@ -96,14 +96,19 @@ def test_eggn_iterations_equal_transcription(changes, feedback):
         assert (change - expected).abs().max() <= 1e-3 * expected.abs().max(), name
 
 
-def test_critic_gradients_equal_double_backward():
+@pytest.mark.parametrize("flat", [False, True])
+def test_critic_gradients_equal_double_backward(flat):
+    """Also where the critic is flat: there the penalty is 1, and its gradient 0 and not 0/0."""
     torch.manual_seed(3)
     B, D, K = 11, 17, 5
     critic, x, fake, a, alpha = Critic(D, K, 33), torch.rand(B, D), torch.rand(B, D), torch.rand(B, K), torch.rand(B, 1)
     for parameter in critic.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    if flat:
+        torch.nn.init.zeros_(critic.fc2.weight)
     lambda1 = torch.tensor(7.5, dtype=torch.float64)
     real, score, penalty = critic.loss_gradients(x, fake, a, alpha, 3.0, lambda1)
+    assert not flat or penalty == 1
     ours = [parameter.grad.clone() for parameter in critic.parameters()]
     xi = (alpha * x + (1 - alpha) * fake).requires_grad_(True)
     gradient, = torch.autograd.grad(critic(xi, a).sum(), xi, create_graph=True)
