@@ -2,9 +2,11 @@
 import hashlib
 import os
 import urllib.error
+import warnings
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -15,6 +17,21 @@ OFFLINE = "efficientnet_lite2"
 # mean and standard deviation of the pixels the weights were trained on
 IMAGENET = "ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_LITE = "EfficientNet-Lite", (127 / 255,) * 3, (128 / 255,) * 3
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # Pillow knows more, and would run Ghostscript on EPS
+LONGEST = 50  # times an image's shorter side
+
+
+def read_image(path: Path, transform) -> torch.Tensor:
+    """`transform` of an image file's RGB. Raises UserError for a file that is no image, a damaged one, and decompression bombs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                if max(image.size) > LONGEST * min(image.size):  # resizing would make a bomb of it
+                    raise ValueError(f"it is {image.width} x {image.height} pixels, no photograph")
+                return transform(image.convert("RGB"))
+    except Exception as error:  # PIL raises many kinds over a damaged file
+        raise UserError(f"{path} is not a readable image ({error})") from None
 
 
 def image_transform(img_size: int) -> transforms.Compose:

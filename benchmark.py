@@ -31,34 +31,19 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import build_backbone
+from backbones import Pixels, build_backbone, image_transform
 from config import read_config
 from dataset import Features, normalize_positions, open_features
 from eggn import EGGN
 from evaluation import evaluate
+from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from model import SCEN, global_classifier
+from preprocessing import Backbone, Images, extract
 from scen import Embedding, distill_step, rmsprop, scen_step
 from train_joint import CONFIGS
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
-from writer import FILTERS, MapWriter, create_maps
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Dimensions of a dataset's training: batch B, K attributes, C classes (Cs seen), D channels, h = w, word length d_v."""
-    B: int
-    K: int
-    C: int
-    Cs: int
-    D: int = 2048
-    side: int = 14
-    d_v: int = 300
-    trainval: int = 0
-    test: int = 0
-
-
-SIZES = {"CUB": Size(64, 312, 200, 150, trainval=7057, test=4731), "SUN": Size(64, 102, 717, 645, trainval=10320, test=4020),
-         "AWA2": Size(40, 85, 50, 40, trainval=23527, test=13795)}
+from writer import FILTERS, MapWriter, Parts, create_maps
+from xlsa17 import read_dataset
 
 
 @dataclasses.dataclass
@@ -126,47 +111,14 @@ def ceilings(device: torch.device, timer: Timer) -> tuple[float, float]:
     return 2 * n**3 / matmul, 2 * source.numel() * 4 / copy
 
 
-def linear_flop(rows: int, inputs: int, outputs: int, passes: int) -> float:
-    """FLOP of a linear layer: one pass forward, one for the weights' gradient, one for the input's."""
-    return 2.0 * rows * inputs * outputs * passes
-
-
-def scen_flop(s: Size) -> float:
-    """A step of stage 1 by section 10: attention and score maps, (M A) F^T, their gradients; none with respect to F."""
-    R = s.side**2
-    attention_and_score = linear_flop(s.B * R, s.D, 2 * s.K, 2)
-    mixed = linear_flop(s.B * R, s.K, s.K // 2, 3)
-    composed = linear_flop(s.B * s.D, R, s.K // 2, 2)
-    return attention_and_score + mixed + composed + linear_flop(2 * s.K, s.d_v, s.D, 3) + linear_flop(s.B, s.D, s.C, 3)
-
-
-def critic_flop(s: Size, config) -> float:
-    """One decoder and one critic step with its share of the fakes: forward, penalty, and gradients."""
-    h, X = config.ndh, s.D + s.K
-    critic = linear_flop(2 * s.B, X, h, 2) + linear_flop(s.B, s.D, h, 3)
-    decoder = linear_flop(s.B, s.D, config.ngh, 2) + linear_flop(s.B, config.ngh, s.K, 3)
-    fakes = linear_flop(s.B, X, config.ngh, 1) + linear_flop(s.B, 2 * s.K, config.ngh, 1) + linear_flop(s.B, config.ngh, s.D, 1)
-    return critic + decoder + fakes
-
-
-def generator_flop(s: Size, config) -> float:
-    """One generator step without feedback: E, G twice, guide twice, D and Dec."""
-    g, X = config.ngh, s.D + s.K
-    encoder = linear_flop(s.B, X, g, 2) + linear_flop(s.B, g, 2 * s.K, 3)
-    generator = linear_flop(2 * s.B, 2 * s.K, g, 2.5) + linear_flop(2 * s.B, g, s.D, 3)
-    guide = linear_flop(2 * s.B, s.D, config.distill_hidden, 2) + linear_flop(2 * s.B, config.distill_hidden, s.C, 2)
-    judges = linear_flop(s.B, X, config.ndh, 2) + linear_flop(s.B, s.D, g, 3) + linear_flop(s.B, g, s.K, 3)
-    return encoder + generator + guide + judges
-
-
 class Workbench:
     """The tensors and networks that the training stages need, of one size, on one device."""
 
-    def __init__(self, s: Size, config, device: torch.device):
+    def __init__(self, s: Size, config, device: torch.device, raw: torch.Tensor):
         torch.manual_seed(0)
         self.s, self.config, self.device = s, config, device
         rand = lambda *shape: torch.rand(*shape, device=device)
-        self.raw = rand(s.B, s.D, s.side, s.side)
+        self.raw = raw[:s.B].to(device)
         self.maps = normalize_positions(self.raw)
         self.att = rand(s.C, s.K)
         self.seen, self.unseen = torch.arange(s.Cs, device=device), torch.arange(s.Cs, s.C, device=device)
@@ -260,11 +212,9 @@ def evaluation_stage(bench: Workbench, literal) -> Stage:
                  config.classifier_epochs, flop, config.classifier_epochs * (s.trainval + 2 * synthetic) * d * 12.0, oracle)
 
 
-def file_stages(s: Size, folder: Path) -> list[Stage]:
-    """Feature maps into and out of an HDF5 file, plain and compressed."""
-    rng, count = np.random.default_rng(0), 32
-    maps = np.maximum(rng.standard_normal((count, s.D, s.side, s.side), dtype=np.float32), 0)
-    pool = ThreadPoolExecutor(os.cpu_count())
+def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
+    """Feature maps (n, D, h, w) into and out of an HDF5 file, plain and compressed."""
+    count, pool = len(maps), ThreadPoolExecutor(os.cpu_count())
 
     def write(compression):
         with h5py.File(folder / f"{compression}.hdf5", "w") as file:
@@ -342,6 +292,34 @@ def whole_run(command: list[str]) -> dict:
     return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
 
 
+def preprocessing_run(data_root: Path, device: torch.device, images: int = 256) -> dict:
+    """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images."""
+    network, provenance = build_backbone("efficientnet_lite2", None, 448)
+    at_once = 64 if device.type == "cuda" else 4
+    backbone = Backbone(Pixels("efficientnet_lite2"), network, device, torch.float32, at_once)
+    cores = os.cpu_count() or 1
+    options = argparse.Namespace(batch_size=at_once, num_workers=min(8, cores if device.type == "cuda" else cores // 4))
+    photographs = Images([data_root / "CUB" / tail for tail in read_dataset(data_root, "CUB")[2][:images]], image_transform(448))
+    decoded = [torch.stack([photographs[index] for index in piece]) for piece in torch.arange(images).split(at_once)]
+
+    def bare():
+        with torch.inference_mode():
+            for batch in decoded:
+                maps = backbone(batch)
+            maps.cpu()
+
+    def whole(compression):
+        with tempfile.TemporaryDirectory() as folder:
+            parts = Parts(Path(folder) / "maps.hdf5", photographs.paths, compression, {})
+            extract(backbone, photographs, parts, options)
+            parts.join(lambda file: None)
+
+    times = Timer(device).medians([bare, partial(whole, None), partial(whole, "gzip")], 3)
+    speeds = dict(zip(("bare_backbone", "uncompressed", "gzip"), (images / seconds for seconds in times)))
+    return {"stage": "preprocessing, images/s", "weights": provenance["weights"]} | speeds | {
+        f"{name}_of_bare": speeds[name] / speeds["bare_backbone"] for name in ("uncompressed", "gzip")}
+
+
 def stream_run(D: int, folder: Path) -> dict:
     """Train SCEN on a file with AWA2's 37,322 images at D channels from the cache file; resident memory must not grow with it."""
     N, C, K, s = 37322, 50, 85, SIZES["AWA2"]
@@ -366,7 +344,7 @@ def stream_run(D: int, folder: Path) -> dict:
 def main(argv=None):
     parser = FlagParser("Time every stage.")
     parser.add_argument("--size", choices=SIZES, default="CUB", help="synthetic tensors of a dataset's dimensions")
-    parser.add_argument("--features", type=Path, default=None, help="take the dimensions and maps of this feature file instead")
+    parser.add_argument("--features", type=Path, default=None, help="the dimensions and feature maps of this file instead")
     parser.add_argument("--config", type=Path, default=CONFIGS / "sun_gzsl.yaml")
     parser.add_argument("--matmul_precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--batch_size", type=int, default=None, help="B (default: the paper's 64; 40 on AWA2)")
@@ -377,14 +355,16 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, default=None, help="write the records here")
     parser.add_argument("--stream", type=int, default=None, metavar="D", help="measure the memory of training from a file of AWA2's "
                         "37,322 images at D channels (7.5 GB at 256, and as much again for trainval's cache)")
+    parser.add_argument("--preprocess", type=Path, default=None, metavar="DATA_ROOT", help="measure preprocessing of CUB's first images there")
     parser.add_argument("--whole", nargs=argparse.REMAINDER, default=None, help="a training command to run and account for")
     options = parser.parse_args(argv)
     keep_freed_memory()
     device, timer = pick_device(options.device), Timer(pick_device(options.device))
     torch.set_float32_matmul_precision(options.matmul_precision)
-    if options.whole or options.stream:
+    if options.whole or options.stream or options.preprocess:
         with tempfile.TemporaryDirectory() as folder:
-            records = [whole_run(options.whole) if options.whole else stream_run(options.stream, Path(folder))]
+            records = [whole_run(options.whole) if options.whole else stream_run(options.stream, Path(folder)) if options.stream
+                       else preprocessing_run(options.preprocess, device)]
         print(json.dumps(records[0], indent=2))
     else:
         records = stage_table(options, device, timer)
@@ -400,9 +380,12 @@ def stage_table(options, device: torch.device, timer: Timer) -> list[dict]:
         import literal
     config = read_config(options.config, {})
     size = SIZES[options.size]
-    if options.features:
-        size = size_of(open_features(options.features), size.B)
+    features = open_features(options.features) if options.features else None
+    size = size_of(features, size.B) if features else size
     size = dataclasses.replace(size, B=options.batch_size or size.B)
+    rng, images = np.random.default_rng(0), max(size.B, 32)
+    raw = (features.raw(features.split.trainval[:images]) if features
+           else torch.from_numpy(np.maximum(rng.standard_normal((images, size.D, size.side, size.side), dtype=np.float32), 0)))
     matmul, copy = ceilings(device, timer)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}: matmul {matmul / 1e9:,.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s\n{size}")
@@ -410,8 +393,8 @@ def stage_table(options, device: torch.device, timer: Timer) -> list[dict]:
     records = [{"stage": "ceilings", "device": name, "torch": torch.__version__, "matmul_flops": matmul, "copy_bytes": copy,
                 "size": dataclasses.asdict(size)}]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(size, config, device)
-        stages = [backbone_stage(device, 448), *file_stages(size, Path(folder)), *training_stages(bench, literal),
+        bench = Workbench(size, config, device, raw)
+        stages = [backbone_stage(device, 448), *file_stages(raw[:32].numpy(), Path(folder)), *training_stages(bench, literal),
                   evaluation_stage(bench, literal)]
         for record in measure([stage for stage in stages if options.stages in stage.name], timer, options.repeats, matmul, copy):
             print_record(record)

@@ -23,7 +23,7 @@ def key(help, *, at_least=None, above=None, below=None, choices=None):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every hyperparameter of a run (symbols: paper and SPEC sections 3 to 7). Sizes that the data decides are not here."""
+    """Every hyperparameter of a run (symbols: the paper; sections 3 to 7). Sizes that the data decides are not here."""
     method: str = key("the row's name in result tables")
     protocol: str = key("paper: epochs picked on the test set, as published; validated: on held-out classes of trainval",
                         choices=("paper", "validated"))
@@ -87,7 +87,7 @@ class Config:
     seen_bias: float = key("calibrated stacking: taken from the seen classes' logits in GZSL (0: off)")
     # logging and checkpoints
     log_freq_iteration: int = key("log the losses of stages 1 and 2 every so many iterations", above=0)
-    log_figures: bool = key("draw t-SNE and attention maps at the end, into the run's folder and W&B")
+    log_figures: bool = key("draw t-SNE, attention maps and the seen-unseen curve at the end, into the run's folder and W&B")
     checkpoint_every: int = key("save a checkpoint every so many iterations, beside those between stages", above=0)
 
 

@@ -22,7 +22,7 @@ from xlsa17 import Split, check_split
 REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
 # what h5py raises over damaged bytes
 DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, AttributeError, IndexError)
-TEXTS = ("allclasses_names", "attribute_names")
+TEXTS = ("allclasses_names", "attribute_names", "image_files")
 PATIENCE = 120  # seconds that opening a file may take
 LARGEST = 1 << 28  # elements of an array that is read in one piece: a few hostile bytes can promise any number
 READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
@@ -46,7 +46,8 @@ def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w) of a map."""
+    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w) of a map;
+    image_files (N), where the file says them."""
     path: Path
     split: Split
     w2v: np.ndarray
@@ -54,6 +55,7 @@ class Features:
     compressed: bool
     class_names: list[str]
     attribute_names: list[str]
+    image_files: list[str] | None
     provenance: dict
 
     def raw(self, indices: np.ndarray) -> Tensor:
@@ -157,12 +159,12 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
         with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused
             return array(key, "fui", 2, "table of numbers").astype(np.float32)
 
-    def texts(key, fallback):
+    def texts(key, count, fallback):
         if key not in datasets:
-            return fallback
+            return fallback and [f"{fallback} {index}" for index in range(count)]
         names = [text.decode(errors="replace") for text in array(key, "OS", 1, "list of texts") if isinstance(text, bytes)]
-        if len(names) != len(fallback):
-            raise UserError(f"{path}: {key} holds {len(names)} texts, expected {len(fallback)}")
+        if len(names) != count:
+            raise UserError(f"{path}: {key} holds {len(names)} texts, expected {count}")
         return names
 
     att, w2v, maps = table("att"), table("w2v_att"), datasets["feature_map"]
@@ -185,8 +187,8 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
         raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
                         f"{provenance['split_fingerprint']}: it was changed afterwards; run preprocessing.py again")
     return Features(path, split, w2v, maps.shape[1:], maps.compression is not None,
-                    texts(TEXTS[0], [f"class {c}" for c in range(len(att))]),
-                    texts(TEXTS[1], [f"attribute {k}" for k in range(len(w2v))]), provenance)
+                    texts("allclasses_names", len(att), "class"), texts("attribute_names", len(w2v), "attribute"),
+                    texts("image_files", len(labels), None), provenance)
 
 
 class BalancedSampler:
@@ -237,11 +239,12 @@ def choose_place(size: int, device: torch.device, folder: Path, compressed: bool
     on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
     if any(file.stat().st_size == size for file in folder.glob("*.cache")):  # it is there already: no room is needed
         on_disk = math.inf
+    in_ram = available_ram()
     kept = Place("device", torch.float32 if size < on_device else torch.float16)
-    fits = {"device": size * kept.dtype.itemsize / 4 < on_device, "ram": size < 0.5 * available_ram(), "disk": size < on_disk,
+    fits = {"device": size * kept.dtype.itemsize / 4 < on_device, "ram": size < 0.5 * in_ram, "disk": size < on_disk,
             "none": True}
-    if cache in ("device", "disk") and not fits[cache]:
-        room = on_device if cache == "device" else on_disk
+    if cache == "ram" and size > in_ram or cache in ("device", "disk") and not fits[cache]:
+        room = {"device": on_device, "disk": on_disk, "ram": in_ram}[cache]
         if cache == "device" and device.type != "cuda":
             raise UserError("--cache device: this run has no GPU; leave the flag out")
         raise UserError(f"--cache {cache}: {size / 1e9:.2f} GB of feature maps do not fit into the {room / 1e9:.2f} GB there ({device}, "

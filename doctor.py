@@ -74,8 +74,8 @@ def wandb_state() -> str:
     except (OSError, netrc.NetrcParseError):
         key = None
     state = f"has a key for {host}" if key else f"has no key for {host}: runs are logged offline (`wandb login` changes that)"
-    known = ("online", "offline", "disabled", "dryrun", "run")
-    return f"W&B {state}" + (f"; WANDB_MODE={mode}" + ("" if mode in known else f", which is none of {', '.join(known[:3])}") if mode else "")
+    from logs import MODES
+    return f"W&B {state}" + (f"; WANDB_MODE={mode}" + ("" if mode in MODES else f", which is none of {', '.join(MODES)}") if mode else "")
 
 
 def dataset_lines(data_root: Path, dataset: str) -> tuple[list[str], str | None, bool]:

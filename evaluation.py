@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from config import Config
 from eggn import EGGN
-from scen import Embedding
+from scen import Embedding, LossMeter
 
 
 def per_class_accuracy(target: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -77,15 +77,17 @@ def fit_softmax(x: Tensor, y: Tensor, classes: int, config: Config, score) -> tu
     nn.init.normal_(linear.weight, 0.0, 0.02)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999), fused=True)
-    scores = []
+    meter, scores = LossMeter("the softmax classifier", "loss"), []
     for _ in range(config.classifier_epochs):
         for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):
             loss = F.cross_entropy(linear(x[batch]), y[batch])
+            meter.add(loss.detach())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         with torch.no_grad():
             scores.append(score(linear))
+    meter.read()
     return torch.stack(scores), linear
 
 

@@ -15,13 +15,14 @@ from config import Config, config_yaml
 from util import UserError, locked, save_tensors, write_text
 
 PROJECT = "SCEGG"
+MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}  # W&B's, old names among them
 
 
 def wandb_mode(flag: str | None) -> str:
     """--wandb, else WANDB_MODE, else online if somebody is logged in and offline if not: it never prompts."""
     mode = flag or os.environ.get("WANDB_MODE")
-    if mode in ("online", "offline", "disabled"):
-        return mode
+    if mode in MODES:
+        return MODES[mode]
     if mode:
         raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled")
     return "online" if logged_in() else "offline"
@@ -100,7 +101,8 @@ class Run:
 
     def close(self, exit_code: int):
         """The end of the logs; exit_code 0 where the run is finished."""
-        self.metrics.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+            self.metrics.close()
         self.wandb.finish(exit_code=exit_code)
 
 

@@ -1,7 +1,7 @@
 """The networks of SC-EGG: SCEN (LEN + GEN), the distilled global classifier, and EGGN's five networks with their losses.
 
 Shapes: B images, R = h*w positions, D channels, K attributes, C classes, d_v word-vector length.
-Sections are those of the paper's method as SPEC numbers them: 4 LEN, 5 GEN, 6 EGGN, 10 the exact shortcuts.
+Sections are the README's: 4 LEN, 5 GEN, 6 EGGN, 10 the exact shortcuts.
 """
 from typing import NamedTuple
 
@@ -143,6 +143,7 @@ SLOPE = 0.2  # of every LeakyReLU in EGGN
 
 
 def leaky(x: Tensor) -> Tensor:
+    """EGGN's activation, elementwise."""
     return F.leaky_relu(x, SLOPE)
 
 

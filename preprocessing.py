@@ -2,7 +2,7 @@
 
     python preprocessing.py --dataset CUB --compression
 
-Reads the data root's images and xlsa17 (SPEC section 2), writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3).
+Reads the data root's images and xlsa17 (section 2), writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3).
 """
 import argparse
 import contextlib
@@ -10,28 +10,28 @@ import datetime
 import json
 import os
 import time
-import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import h5py
 import numpy as np
+import PIL
 import torch
 import torchvision
-from PIL import Image
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import Pixels, build_backbone, image_transform
+from backbones import Pixels, build_backbone, image_transform, read_image
 from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, pick_device
 from w2v import attribute_vectors
 from writer import FILTERS, Parts, write_annotations
 from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # Pillow knows more, and would run Ghostscript on EPS
-LONGEST = 50  # times an image's shorter side
+AHEAD = 6  # batches that wait to be written, while a part is made safe on the disk
 
 
 class Unreadable(str):
@@ -49,14 +49,9 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(self.paths[index], formats=FORMATS) as image:
-                    if max(image.size) > LONGEST * min(image.size):  # resizing would make a bomb of it
-                        raise ValueError(f"it is {image.width} x {image.height} pixels, no photograph")
-                    return self.transform(image.convert("RGB"))
-        except Exception as error:  # PIL raises many kinds over a damaged file
-            return Unreadable(f"{self.paths[index]} is not a readable image ({error}): restore it from the dataset")
+            return read_image(self.paths[index], self.transform)
+        except UserError as error:
+            return Unreadable(f"{error}: restore it from the dataset")
 
 
 def collate(items):
@@ -96,6 +91,7 @@ class Backbone:
             return self.network(images).float()
 
 
+@torch.inference_mode()
 def forward(backbone, batches):
     """Maps (B, D, h, w) float32 on the host of each batch of images; the device already works on the next one meanwhile."""
     waiting = None
@@ -108,6 +104,18 @@ def forward(backbone, batches):
         waiting = maps, torch.isfinite(maps).all()
     if waiting is not None:
         yield to_host(*waiting)
+
+
+def ahead(iterator, count: int):
+    """The items of `iterator`, made in a thread, up to `count` of them before they are asked for: the backbone does not wait for the disk."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        waiting = deque(maker.submit(next, iterator, None) for _ in range(count))
+        try:
+            while (item := waiting.popleft().result()) is not None:
+                waiting.append(maker.submit(next, iterator, None))
+                yield item
+        finally:
+            maker.shutdown(cancel_futures=True)
 
 
 def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
@@ -129,8 +137,8 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already"
               + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
-    with torch.inference_mode(), tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar:
-        maps = forward(backbone, loader)
+    with tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar, \
+            contextlib.closing(ahead(forward(backbone, loader), AHEAD)) as maps:
         try:
             for start in todo:
                 parts.make(start, progressing(bar, maps, -(-len(parts.rows(start)) // options.batch_size)))
@@ -226,7 +234,7 @@ def main(argv=None):
     provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform, "precision": options.precision,
                    "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
-                                           "h5py": h5py.__version__, "pillow": Image.__version__})}
+                                           "h5py": h5py.__version__, "pillow": PIL.__version__})}
     images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))
     parts = Parts(output, images.paths, options.compression, provenance | {"batch_size": options.batch_size})
     with sole_job(output):

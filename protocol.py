@@ -38,6 +38,8 @@ def validation_split(split: Split, share: float, seed: int, source) -> Split:
         count = min(max(round(share * len(images)), 1), len(images) - 1)
         held_out.append(rng.permutation(images)[:count])
     held_out = np.sort(np.concatenate(held_out))
+    if not len(held_out):
+        raise UserError(f"{source} has a single image of every class to train on: protocol validated can hold none out; use paper")
     return dataclasses.replace(split, labels=labels, trainval=np.setdiff1d(split.train, held_out), test_seen=held_out,
                                test_unseen=split.val, att=split.att[split.seen], original_att=split.original_att[split.seen],
                                train=None, val=None)

@@ -25,7 +25,7 @@ from xlsa17 import LAYOUTS
 
 PUBLISHED = Path(__file__).resolve().parent / "figs" / "published.csv"
 # how a row's epochs were picked, and the prefix of its metrics in a summary, by the run's protocol
-SELECTIONS = {"paper": {"best on test": "best_", "last epoch": "last_"}, "validated": {"validated": ""}}
+SELECTIONS = {"paper": {"best on test": "best_", "last epoch": "last_"}, "validated": {"validated": "", "validated, last epoch": "last_"}}
 WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose runs speak for SCEN alone
 OF_SCEN = SCEN_KEYS + DISTILL_KEYS
 SCEN_ALONE = {"SCEN alone: local classifier": "local_", "SCEN alone: distilled classifier": "global_"}

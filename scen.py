@@ -82,7 +82,7 @@ def fit_scen(scen: SCEN, maps: FeatureMaps, sampler: BalancedSampler, labels: Te
     log(iteration, losses) is called every `log_freq_iteration` iterations. Raises UserError for a loss that is not finite.
     """
     optimizer = rmsprop(scen.parameters(), config.scen_lr, config)
-    meter = LossMeter("stage 1 (SCEN)", "loss_LEN", "loss_GEN")
+    meter = LossMeter(f"{checkpoint.phase}stage 1 (SCEN)", "loss_LEN", "loss_GEN")
     checkpoint.track(scen_optimizer=optimizer, scen_losses=meter)
     seed_stream(config.seed, "scen")
     steps = checkpoint.steps("scen", config.scen_iterations, config.checkpoint_every, "iteration")
@@ -149,7 +149,7 @@ def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler
     """
     x, targets = trainval.x, distill_targets(trainval, config)
     optimizer = rmsprop(classifier.parameters(), config.scen_lr, config)
-    meter = LossMeter("stage 2 (distillation)", "loss_distill")
+    meter = LossMeter(f"{checkpoint.phase}stage 2 (distillation)", "loss_distill")
     checkpoint.track(distill_optimizer=optimizer, distill_losses=meter)
     seed_stream(config.seed, "distill")
     batches = sampler.draw(config.distill_iterations).to(x.device)

@@ -106,7 +106,7 @@ class Training:
         seed_stream(config.seed, "EGGN's weights")
         guide = None if config.visual_features == "cnn" else self.classifier
         self.eggn = eggn = EGGN(self.features.shape[0], self.att, guide, config).to(self.device)
-        meter = LossMeter("stage 3 (EGGN)", *LOSSES)
+        meter = LossMeter(f"{self.checkpoint.phase}stage 3 (EGGN)", *LOSSES)
         self.checkpoint.track(eggn=eggn, eggn_losses=meter, selection=self.selection,
                               **{f"eggn_optimizer_{name}": optimizer for name, optimizer in eggn.optimizers.items()})
         iterate = GraphedIterations(eggn) if self.device.type == "cuda" else eggn.iterate
@@ -161,7 +161,7 @@ class Joint:
         self.maps = training.load_maps()
         self.optimizer = rmsprop(training.scen.parameters(), config.joint_lr, config)
         self.distill_optimizer = rmsprop(training.classifier.parameters(), config.joint_lr, config)
-        self.meter = LossMeter("stage 3 (SCEN)", "joint_loss_LEN", "joint_loss_GEN")
+        self.meter = LossMeter(f"{training.checkpoint.phase}stage 3 (SCEN)", "joint_loss_LEN", "joint_loss_GEN")
         training.checkpoint.track(joint_optimizer=self.optimizer, joint_distill_optimizer=self.distill_optimizer, joint_losses=self.meter)
 
     def follow(self, step: int):
@@ -173,15 +173,17 @@ class Joint:
             self.meter.add(scen_step(training.scen, self.optimizer, maps, training.labels["trainval"][positions], training.seen, config))
             training.scen.requires_grad_(False)
         if step % config.joint_refresh == 0:
-            training.log("joint", {"iteration": step} | self.meter.read())
+            losses = self.meter.read()
             training.embed_all()
-            self.distill()
+            training.log("joint", {"iteration": step} | losses | self.distill())
 
-    def distill(self):
-        """Let the global classifier follow the new features; it guides EGGN, and so is frozen before and after."""
+    def distill(self) -> dict[str, float]:
+        """Let the global classifier follow the new features; it guides EGGN, and so is frozen before and after. Returns its mean loss."""
         trainval = self.training.embeddings["trainval"]
         x, targets = trainval.x, distill_targets(trainval, self.training.config)
         self.training.classifier.requires_grad_(True)
+        meter = LossMeter(f"{self.training.checkpoint.phase}stage 3 (distillation)", "joint_loss_distill")
         for positions in self.training.sampler.draw(self.training.config.joint_distill_iterations).to(x.device):
-            distill_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions])
+            meter.add(distill_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions]))
         self.training.classifier.requires_grad_(False)
+        return meter.read()

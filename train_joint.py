@@ -20,7 +20,7 @@ from dataset import Features, Place, choose_place, open_features
 from logs import Run, folder_to_resume, git_commit, new_folder, wandb_mode
 from protocol import present, validation_split
 from report import result_rows, result_table, results, save_curve
-from reuse import find_scen, identity_of_code, identity_of_data
+from reuse import find_scen, finished_runs, identity_of_code, identity_of_data
 from stages import Training
 from util import (FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, peak_memory_gb, pick_device,
                   remove_partials, seed_everything)
@@ -62,7 +62,9 @@ def train(dataset: str, features: Features, config: Config, device: torch.device
         save_curve(run.folder / "seen_unseen_curve.csv", curve)
     summary = {"dataset": dataset, "method": config.method, "protocol": config.protocol, "seed": config.seed}
     summary |= identity_of_data(features) | {"full_published_split": features.split.is_published(dataset), "git_commit": git_commit()}
-    seconds = facts["seconds"] | {"eggn": facts["seconds"].get("eggn", 0.0) - facts["seconds"].get("evaluate", 0.0)}
+    seconds = dict(facts["seconds"])
+    seconds |= {f"{phase}eggn": seconds[f"{phase}eggn"] - seconds[f"{phase}evaluate"] for phase in ("", "validation ")
+                if f"{phase}evaluate" in seconds}
     summary |= identity_of_code(device) | {"seconds": {name: round(value, 3) for name, value in seconds.items()}}
     summary |= peak_memory_gb(device) | present({name: facts.get(name) for name in ("scen_from", "ausuc")}) | facts.get("validation", {})
     for name in ("local", "global"):
@@ -73,12 +75,18 @@ def train(dataset: str, features: Features, config: Config, device: torch.device
 
 
 def draw_figures(run: Run, dataset: str, config: Config, features: Features, data_root: Path):
-    """log_figures: t-SNE and attention maps into the run's folder and W&B. What a run lacks for one of them is said."""
+    """log_figures: t-SNE, attention maps and the seen-unseen curve into the run's folder and W&B; what a run lacks for one is said.
+
+    For the t-SNE of synthetic CNN features a run of the baseline on the same features is looked for beside this one.
+    """
     import visualize  # matplotlib and scikit-learn take seconds to load
     weights = torch.load(run.folder / "model.pt", map_location="cpu", weights_only=True)
     trained = visualize.Trained(run.folder.name, dataset, config, features, weights)
-    drawings = {"tsne": lambda: visualize.tsne_figure(trained),
-                "attention": lambda: visualize.attention_figure(trained, visualize.dataset_images(trained, data_root, 4, config.seed))}
+    baselines = finished_runs(run.folder.parent, identity_of_data(features) | {"dataset": dataset, "visual_features": "cnn"})
+    baseline = lambda: next((visualize.load_run(folder, features.path) for folder in baselines), None)
+    drawings = {"tsne": lambda: visualize.tsne_figure(trained, baseline()),
+                "attention": lambda: visualize.attention_figure(trained, visualize.dataset_images(trained, data_root, 4, config.seed)),
+                "curve": lambda: visualize.curve_figure(visualize.read_curve(run.folder / "seen_unseen_curve.csv"), run.folder.name)}
     for name, draw in drawings.items():
         try:
             visualize.save(draw(), run.folder / name)
@@ -136,8 +144,11 @@ def ending(run: Run, resume: str):
     except BaseException as error:
         run.close(exit_code=1)
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
-            raise UserError("the memory is full: lower --batch_size or --syn_num, make the networks smaller, or keep the feature maps elsewhere "
-                            f"(--cache ram, --cache disk), in a new run; on a larger machine: {resume}") from None
+            raise UserError("the memory is full: lower --batch_size or --syn_num, make the networks smaller, or keep the feature maps "
+                            f"elsewhere (--cache ram, --cache disk), in a new run; on a larger machine: {resume}") from None
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or run.folder}: {error.strerror}; free some disk space or mend the disk, then go on "
+                            f"with: {resume}") from None
         raise
     run.close(exit_code=0)
 
@@ -177,13 +188,14 @@ def main(dataset: str, config_name: str, argv=None):
             check_identity(saved["identity"], identity, folder / "checkpoint.pt")
         print(features.split.describe(dataset))
         place = place_of_maps(features, device, options.cache)
-        scen = find_scen(options.runs, config, features, device) if options.reuse_scen else None
+        reuse_scen = saved["facts"].get("reuse_scen", False) if saved else options.reuse_scen
+        scen = find_scen(options.runs, config, features, device) if reuse_scen else None
         if not saved:
             folder = new_folder(options.runs, dataset)
             held.enter_context(locked(folder / ".lock", f"training {folder}"))
         remove_partials(folder)
         print(f"run {folder} on {device}" + (", resumed" if saved else ""))
-        known = saved["facts"] if saved else {"features": str(path.resolve()), "logged": 0,
+        known = saved["facts"] if saved else {"features": str(path.resolve()), "logged": 0, "reuse_scen": reuse_scen,
                                               "wandb_id": os.environ.get("WANDB_RUN_ID", folder.name)}
         run = Run(folder, config, dataset, wandb_mode(options.wandb), known["wandb_id"], known["logged"])
         checkpoint = Checkpoint(run, identity, saved)

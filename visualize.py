@@ -1,4 +1,4 @@
-"""Figures of finished runs: t-SNE of the visual spaces, attention maps, the seen-unseen curve (SPEC section 8).
+"""Figures of finished runs: t-SNE of the visual spaces, attention maps, the seen-unseen curve (section 8).
 
     python visualize.py tsne --run runs/X --cnn_run runs/Y         six panels; Y is a run with visual_features: cnn
     python visualize.py attention --run runs/X --count 4           test images of the run's dataset
@@ -15,26 +15,24 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import h5py
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones import Pixels, build_backbone, image_transform
+from backbones import Pixels, build_backbone, image_transform, read_image
 from config import Config, read_config
 from dataset import READ_AT_ONCE, Features, normalize_positions, open_features
 from eggn import EGGN
 from evaluation import area_under
 from model import SCEN
 from util import FlagParser, UserError, atomic_path, exit_on_user_error
-from xlsa17 import LAYOUTS, feature_file
+from xlsa17 import LAYOUTS, feature_file, image_tail
 
 PAGE = 7.0  # inches, a paper's text width
 CLASSES, PER_CLASS = 10, 60  # of a t-SNE panel: classes, and at most so many images (synthetic features) of each
@@ -244,11 +242,7 @@ class Shown(NamedTuple):
 
 def read_crop(path: Path, img_size: int) -> Tensor:
     """The crop of an image that the backbone sees (section 3), (3, S, S) uint8. Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image_transform(img_size)(image.convert("RGB"))
-    except Exception as error:  # PIL raises many kinds over a damaged file
-        raise UserError(f"{path} is not a readable image ({error})") from None
+    return read_image(path, image_transform(img_size))
 
 
 def dataset_images(run: Trained, data_root: Path, count: int, seed: int) -> list[Shown]:
@@ -257,10 +251,9 @@ def dataset_images(run: Trained, data_root: Path, count: int, seed: int) -> list
     seen, unseen = rng.permutation(split.test_seen), rng.permutation(split.test_unseen)
     short = min(len(seen), len(unseen))
     order = np.concatenate([np.stack([unseen[:short], seen[:short]], axis=1).ravel(), unseen[short:], seen[short:]])[:count]
-    with h5py.File(run.features.path) as file:
-        if "image_files" not in file:
-            raise UserError(f"{run.features.path} does not say which images it was made from: name images with --images")
-        tails = [file["image_files"][index].decode() for index in order]
+    if run.features.image_files is None:
+        raise UserError(f"{run.features.path} does not say which images it was made from: name images with --images")
+    tails = [image_tail(run.features.image_files[index], LAYOUTS[run.dataset].anchor, run.features.path) for index in order]
     kinds = ["unseen" if index in split.test_unseen else "seen" for index in order]
     return [Shown(f"{class_title(run.features.class_names[split.labels[index]])} ({kind})",
                   read_crop(data_root / run.dataset / tail, run.config.img_size), maps)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from util import UserError
 
-# words of CUB that word2vec-google-news-300 lacks, and what stands for them (SPEC section 2)
+# words of CUB that word2vec-google-news-300 lacks, and what stands for them (section 2)
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}
 GAUSSIAN_LENGTH = 300
 LONGEST = 10_000  # numbers of a vector, bytes of a word

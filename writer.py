@@ -1,7 +1,7 @@
 """The HDF5 feature file, written part by part: whatever kills preprocessing, finished parts stay and are not made again.
 
 Every part is a small HDF5 file of PART consecutive images beside the output, under its own name only once it is whole. Ranks of a
-`torchrun` make different parts; in the end they are joined, chunk by chunk as the bytes are, into the file of SPEC section 3.
+`torchrun` make different parts; in the end they are joined, chunk by chunk as the bytes are, into the file of section 3.
 """
 import contextlib
 import glob

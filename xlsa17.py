@@ -1,6 +1,6 @@
 """The users' datasets as they lie on disk: folders, xlsa17's .mat files, splits, image paths, attribute names.
 
-SPEC section 2. Everything a stranger's file can get wrong is checked here, once, for .mat and HDF5 files alike.
+section 2. Everything a stranger's file can get wrong is checked here, once, for .mat and HDF5 files alike.
 """
 import dataclasses
 import hashlib
@@ -18,7 +18,8 @@ class Layout:
     """Where a dataset lies under the data root, and the facts its published split is checked against.
 
     anchor: the folder an image path's tail begins with. published: (images, classes, seen, attributes, trainval,
-    test seen, test unseen), None for TOY; release: the fingerprint of the release of that split most people have. scegg: the paper's own CZSL acc, U, S, H in %.
+    test seen, test unseen), None for TOY; release: the fingerprint of the release of that split most people have; scegg: the
+    paper's own CZSL acc, U, S, H in %.
     """
     anchor: str
     images: str
@@ -85,7 +86,7 @@ class Split:
         return digest.hexdigest()[:12]
 
     def facts(self) -> tuple[int, ...]:
-        """The row of SPEC section 2's table."""
+        """The row of section 2's table."""
         return (len(self.labels), len(self.att), len(self.seen), self.att.shape[1],
                 len(self.trainval), len(self.test_seen), len(self.test_unseen))
 

@@ -195,7 +195,7 @@ def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     assert choose_place(400, cpu, tmp_path, True) == Place("ram") and choose_place(600, cpu, tmp_path, True) == Place("disk")
     assert choose_place(2 * free, cpu, tmp_path, True) == Place("none") == choose_place(1, cpu, tmp_path, True, "none")
     assert choose_place(400, cpu, tmp_path, False) == Place("none") and choose_place(600, cpu, tmp_path, False, "ram") == Place("ram")
-    for cache, size, message in (("disk", 2 * free, "do not fit"), ("device", 1, "has no GPU")):
+    for cache, size, message in (("disk", 2 * free, "do not fit"), ("ram", 1001, "do not fit"), ("device", 1, "has no GPU")):
         with pytest.raises(UserError, match=f"--cache {cache}: .*{message}"):
             choose_place(size, cpu, tmp_path, True, cache)
     with open(tmp_path / "of.hdf5.1.cache", "wb") as file:

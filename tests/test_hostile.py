@@ -1,6 +1,7 @@
 """Files from strangers: nothing in them runs, and none shows what lies outside it or takes the machine's memory."""
 import io
 import pickle
+import shutil
 import struct
 import zipfile
 
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import feature_arrays, write_features
+from conftest import ROOT, feature_arrays, write_features
 from PIL import Image
 
 import toy
 from backbones import image_transform, read_state
+from checkpoint import read_checkpoint
+from config import read_config
 from dataset import open_features
 from preprocessing import Images, Unreadable
 from util import UserError
+from visualize import Trained, dataset_images, load_run, read_crop
 from w2v import read_vectors
 from xlsa17 import read_dataset
 
@@ -126,6 +130,18 @@ def test_weights(tmp_path, canary, name):
     refused(lambda: read_state(tmp_path / name), "can be loaded safely|does not hold a state dict")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [name for name, _ in weights("", None)])
+def test_checkpoints_and_runs(tmp_path, canary, name):
+    """A run's folder from somebody else: its checkpoint.pt and its model.pt run nothing either."""
+    for file in ("checkpoint.pt", "model.pt"):
+        dict(weights(canary, tmp_path / file))[name]()
+    refused(lambda: read_checkpoint(tmp_path / "checkpoint.pt"), "checkpoint.pt is damaged")
+    shutil.copy(ROOT / "wandb_config/cub_gzsl.yaml", tmp_path / "config.yaml")
+    (tmp_path / "summary.json").write_text('{"dataset": "CUB"}')
+    refused(lambda: load_run(tmp_path), "summary.json or model.pt is damaged")
+
+
 # ---------------------------------------------------------------- feature files that point elsewhere
 
 def external_link(file, other):
@@ -206,6 +222,31 @@ def test_images(tmp_path, make, message):
     item = Images([tmp_path / "bird.jpg"], image_transform(224))[0]
     assert isinstance(item, Unreadable) and str(tmp_path / "bird.jpg") in item
     refused(lambda: (_ for _ in ()).throw(UserError(item)), message)
+    refused(lambda: read_crop(tmp_path / "bird.jpg", 224), message)
+
+
+@pytest.mark.parametrize("tail, message", [("../../outside/secret.png", "has no folder"), ("/outside/secret.png", "has no folder"),
+                                           ("CUB_200_2011/../../../secret.png", "has no folder"), (0, "must be a list of texts")])
+def test_image_paths_of_a_feature_file(tmp_path, tail, message):
+    """visualize.py opens the images that a feature file names: they must lie in the data root."""
+    path = write_features(tmp_path / "f.hdf5", feature_arrays())
+    with h5py.File(path, "r+") as file:
+        file["image_files"] = [tail] * 108
+    run = lambda: Trained("run", "CUB", read_config(ROOT / "wandb_config/cub_gzsl.yaml", {}), open_features(path), {})
+    refused(lambda: dataset_images(run(), tmp_path, 2, 0), message)
+
+
+def test_image_paths_elsewhere(tmp_path):
+    path, other = write_features(tmp_path / "f.hdf5", feature_arrays()), tmp_path / "other.hdf5"
+    with h5py.File(other, "w") as file:
+        file["tails"] = ["CUB_200_2011/secret.png"] * 108
+    with h5py.File(path, "r+") as file:
+        file["image_files"] = h5py.ExternalLink(str(other), "/tails")
+    refused(lambda: open_features(path), "image_files is a link")
+    with h5py.File(path, "r+") as file:
+        del file["image_files"]
+        file["image_files"] = ["a"] * 3
+    refused(lambda: open_features(path), "image_files holds 3 texts, expected 108")
 
 
 @pytest.fixture(scope="module")

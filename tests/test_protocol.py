@@ -1,4 +1,5 @@
 """Which numbers are reported, and on what they were chosen."""
+import dataclasses
 import json
 
 import numpy as np
@@ -40,6 +41,13 @@ def test_no_val_classes_is_told(tmp_path):
     path = write_features(tmp_path / "f.hdf5", feature_arrays())
     with pytest.raises(UserError, match="has no train_loc and val_loc"):
         validation_split(open_features(path).split, 0.2, 0, path)
+
+
+def test_one_image_a_class_leaves_none_to_hold_out(path):
+    split = open_features(path).split
+    first = np.sort([split.train[split.labels[split.train] == label][0] for label in np.unique(split.labels[split.train])])
+    with pytest.raises(UserError, match="a single image of every class"):
+        validation_split(dataclasses.replace(split, train=first), 0.2, 0, path)
 
 
 def scores(czsl, gzsl):

@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
 import reuse
 import train_joint
 from checkpoint import Checkpoint
+from logs import Run
 from scen import LossMeter
 from util import UserError
 
@@ -175,6 +176,9 @@ def test_a_checkpoint_of_another_config_data_or_code_is_refused(features, tmp_pa
     other = write_features(tmp_path / "other.hdf5", feature_arrays(per_class=13))
     with pytest.raises(UserError, match="split_fingerprint was"):
         train(other, tmp_path / "runs", {}, "--resume", folder.name)
+    remade = write_features(tmp_path / "remade.hdf5", feature_arrays(seed=1))  # other maps and attributes, all else alike
+    with pytest.raises(UserError, match="features was .* and is"):
+        train(remade, tmp_path / "runs", {}, "--resume", folder.name)
     with monkeypatch.context() as patch:
         patch.setattr(reuse, "code_version", lambda: "0123")
         with pytest.raises(UserError, match="code was .* and is 0123"):
@@ -186,6 +190,44 @@ def test_a_checkpoint_of_another_config_data_or_code_is_refused(features, tmp_pa
         train(features, tmp_path / "runs", {}, "--resume", folder.name)
     with pytest.raises(UserError, match="there is no such run"):
         train(features, tmp_path / "runs", {}, "--resume", "CUB-1")
+
+
+def test_a_resumed_run_goes_on_to_reuse_scen(features, tmp_path, monkeypatch, capsys):
+    """And takes none that was trained on other maps."""
+    train(features, tmp_path / "runs", {})
+    steps = Checkpoint.steps
+
+    def dying(self, stage, total, every, unit):
+        for step in steps(self, stage, total, every, unit):
+            if (self.phase + stage, step) == ("validation distill", 20):
+                raise Killed
+            yield step
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoint, "steps", dying)
+        train(features, tmp_path / "runs", SETTINGS["validated"], "--reuse_scen")
+    killed, = (path.parent for path in (tmp_path / "runs").glob("*/checkpoint.pt"))
+    train(features, tmp_path / "runs", SETTINGS["validated"], "--resume", str(killed))
+    assert json.loads((killed / "summary.json").read_text())["scen_from"]
+    capsys.readouterr()
+    remade = write_features(tmp_path / "remade.hdf5", feature_arrays(seed=1))
+    train(remade, tmp_path / "runs", {}, "--reuse_scen")
+    assert "SCEN is taken" not in capsys.readouterr().out
+
+
+def test_a_disk_that_fills_under_the_log_names_the_command_to_go_on_with(features, tmp_path, monkeypatch):
+    log = Run.log
+
+    def full(self, stage, values):
+        if stage == "eggn":
+            raise OSError(28, "No space left on device")
+        log(self, stage, values)
+
+    monkeypatch.setattr(Run, "log", full)
+    with pytest.raises(UserError, match="No space left on device; free some disk space .*--resume"):
+        train(features, tmp_path / "runs", {})
+    monkeypatch.undo()
+    train(features, tmp_path / "runs", {}, "--resume")
 
 
 def test_resuming_needs_no_flags(features, tmp_path, monkeypatch):
@@ -260,6 +302,8 @@ def test_a_damaged_checkpoint_is_told_in_one_line(features, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("changes, message", [
+    ({"classifier_lr": 1e38}, r"the softmax classifier, iteration \d+: loss is"),
+    ({"scen_schedule": "joint", "joint_every": 3, "joint_refresh": 8, "joint_lr": 1e30}, r"stage 3 \((SCEN|distillation)\), iteration \d+: joint_"),
     ({"scen_lr": 1e30}, r"stage 1 \(SCEN\), iteration \d+: loss_LEN is"), ({"lr": 1e30}, r"stage 3 \(EGGN\), iteration \d+: \w+ is (nan|inf)")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(features, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):

@@ -8,7 +8,9 @@ import torch
 import yaml
 from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
 
+import logs
 import train_joint
+import visualize
 from config import read_config
 from model import SCEN, weighted_l1
 from report import result_table
@@ -169,3 +171,21 @@ def test_figures_are_drawn_at_the_end_and_a_missing_one_is_said(features, tmp_pa
     folder, _, summary, _ = run(features, tmp_path / "runs", nepoch=1, log_figures=True)
     assert {"tsne.pdf", "tsne.png"} <= {path.name for path in folder.iterdir()} and "H" in summary
     assert "no attention picture: " in capsys.readouterr().out
+    assert "curve.png" in {path.name for path in folder.iterdir()}
+
+
+def test_the_baselines_run_is_found_for_the_picture(features, tmp_path, monkeypatch):
+    run(features, tmp_path / "runs", nepoch=1, visual_features="cnn", rec_seen_cls_weight=0, gen_unseen_cls_weight=0)
+    baseline, = (tmp_path / "runs").iterdir()
+    drawn = []
+    monkeypatch.setattr(visualize, "tsne_figure", lambda run, cnn: drawn.append((run.name, cnn.name)))
+    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
+                                              "--data_root", "none", *flags(**SMALL_RUN | {"nepoch": 1, "log_figures": True})])
+    (name, cnn), = drawn
+    assert cnn == baseline.name != name
+
+
+@pytest.mark.parametrize("mode, meant", [("dryrun", "offline"), ("run", "online"), ("disabled", "disabled")])
+def test_wandb_modes_old_names_too(monkeypatch, mode, meant):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert logs.wandb_mode(None) == meant and logs.wandb_mode("offline") == "offline"
