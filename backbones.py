@@ -40,11 +40,14 @@ def image_transform(img_size: int) -> transforms.Compose:
 
 
 class Pixels(nn.Module):
-    """Images (B, 3, H, W) uint8 -> float32: to [0, 1], then the mean and std that the backbone's weights were trained with."""
+    """Images (B, 3, H, W) uint8 -> float32: to [0, 1], then less a mean and over a std.
 
-    def __init__(self, backbone: str):
+    normalization: backbone, those that the backbone's weights were trained with, or imagenet, the paper's (section 3).
+    """
+
+    def __init__(self, backbone: str, normalization: str = "backbone"):
         super().__init__()
-        self.name, mean, std = EFFICIENTNET_LITE if backbone == OFFLINE else IMAGENET
+        self.name, mean, std = EFFICIENTNET_LITE if (backbone, normalization) == (OFFLINE, "backbone") else IMAGENET
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 

@@ -203,6 +203,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet101", help="a torchvision classification CNN, or efficientnet_lite2 (offline)")
     parser.add_argument("--weights", type=Path, default=None, help="local state dict (default: the pretrained weights)")
     parser.add_argument("--img_size", type=int, default=448, help="image side in pixels")
+    parser.add_argument("--normalization", choices=("backbone", "imagenet"), default="backbone",
+                        help="the pixels' mean and std: those of the weights' training (default), or ImageNet's; they differ for "
+                             "efficientnet_lite2")
     parser.add_argument("--w2v", type=Path, default=None, help=".pkl, .npy, word2vec .bin/.txt or GloVe .txt (default: <data_root>/w2v)")
     parser.add_argument("--output", type=Path, default=None, help="HDF5 file (default: data/<DS>/feature_map_<backbone>_<DS>.hdf5)")
     options = parser.parse_args(argv)
@@ -229,10 +232,10 @@ def main(argv=None):
     names = read_attribute_names(data_root, dataset, split.att.shape[1])
     w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])
     network, provenance = build_backbone(options.backbone, options.weights, options.img_size)
-    pixels = Pixels(options.backbone)
+    pixels = Pixels(options.backbone, options.normalization)
     transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
-    provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform, "precision": options.precision,
-                   "split_fingerprint": split.fingerprint, "device": device.type,
+    provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform,
+                   "normalization": options.normalization, "precision": options.precision, "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
                                            "h5py": h5py.__version__, "pillow": PIL.__version__})}
     images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))

@@ -268,7 +268,7 @@ def image_files(run: Trained, paths: list[Path], weights: Path | None = None) ->
     if provenance.get("weights_sha256", made["weights_sha256"]) != made["weights_sha256"]:
         raise UserError(f"{run.features.path} was made with the weights {provenance.get('weights')}, not {made['weights']}: "
                         "give that file as --weights")
-    pixels = Pixels(config.backbone)
+    pixels = Pixels(config.backbone, provenance.get("normalization", "backbone"))
     with torch.inference_mode():
         return [Shown(path.stem, crop, normalize_positions(backbone(pixels(crop[None])))[0]) for path, crop in zip(paths, crops)]
 

@@ -2,6 +2,7 @@
 
 section 2. Everything a stranger's file can get wrong is checked here, once, for .mat and HDF5 files alike.
 """
+import collections
 import dataclasses
 import hashlib
 import re
@@ -194,6 +195,9 @@ def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split
     class_names = cell_texts(mat["allclasses_names"], f"{path}: allclasses_names")
     if len(class_names) != len(split.att):
         raise UserError(f"{path}: {len(class_names)} class names for {len(split.att)} classes")
+    twice = sorted(name for name, count in collections.Counter(class_names).items() if count > 1)
+    if twice:
+        raise UserError(f"{path}: allclasses_names has {twice[0]!r} twice: two classes cannot be one")
     return split, class_names
 
 

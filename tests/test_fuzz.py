@@ -207,12 +207,13 @@ def test_impossible_mat_files(folder, data_root, changes):
     (dict(test_unseen_loc=lambda a: a[:0]), "test_unseen_loc is empty"),
     (dict(trainval_loc=lambda a: a[5:]), "test_seen_loc holds 1 classes without a trainval image"),
     (dict(test_seen_loc=lambda a: np.vstack([a, a[:1]])), "names an image twice"),
-    (dict(test_unseen_loc=lambda a: np.vstack([a, [[1]]])), "share 1 images|both seen and unseen")])
+    (dict(test_unseen_loc=lambda a: np.vstack([a, [[1]]])), "share 1 images|both seen and unseen"),
+    (dict(allclasses_names=lambda a: np.vstack([a[:1], a[:-1]])), "allclasses_names has .* twice")])
 def test_splits_that_cannot_be(folder, data_root, change, message):
     shutil.copytree(folder / "mats", data_root / "xlsa17/data/TOY", dirs_exist_ok=True)
     for name in ("res101.mat", "att_splits.mat"):
         arrays = {key: value for key, value in scipy.io.loadmat(folder / "mats" / name).items() if key[0] != "_"}
-        arrays |= {key: edit(arrays[key].astype(int)) for key, edit in change.items() if key in arrays}
+        arrays |= {key: edit(arrays[key] if arrays[key].dtype.kind == "O" else arrays[key].astype(int)) for key, edit in change.items() if key in arrays}
         scipy.io.savemat(data_root / "xlsa17/data/TOY" / name, arrays)
     try:
         read_dataset(data_root, "TOY")

@@ -81,7 +81,10 @@ def test_maps_are_the_backbones_in_the_order_of_the_mat_file(toy_root, plain):
 def test_pixels_are_torchvisions_bit_for_bit():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
     expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])(image)
-    assert torch.equal(Pixels("resnet101")(transforms.PILToTensor()(image)[None])[0], expected)
+    pixels = transforms.PILToTensor()(image)[None]
+    assert torch.equal(Pixels("resnet101")(pixels)[0], expected)
+    assert torch.equal(Pixels("efficientnet_lite2", "imagenet")(pixels)[0], expected)
+    assert not torch.allclose(Pixels("efficientnet_lite2")(pixels)[0], expected)
 
 
 def test_compression_batch_size_and_workers_change_no_number(toy_root, plain, tmp_path):
