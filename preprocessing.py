@@ -235,7 +235,8 @@ def main(argv=None):
     pixels = Pixels(options.backbone, options.normalization)
     transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
     provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform,
-                   "normalization": options.normalization, "precision": options.precision, "split_fingerprint": split.fingerprint, "device": device.type,
+                   "normalization": options.normalization, "precision": options.precision,
+                   "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
                                            "h5py": h5py.__version__, "pillow": PIL.__version__})}
     images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))
