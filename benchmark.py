@@ -28,7 +28,6 @@ from typing import Callable
 import h5py
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import Pixels, build_backbone, image_transform

@@ -8,7 +8,6 @@ import secrets
 import subprocess
 from pathlib import Path
 
-import torch
 import wandb
 
 from config import Config, config_yaml

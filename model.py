@@ -166,6 +166,7 @@ class Encoder(nn.Module):
         self.apply(init_eggn_weights)
 
     def forward(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., D), a (..., K) -> mean, log-variance (..., K)."""
         h = leaky(self.fc3(leaky(self.fc1(torch.cat([x, a], dim=-1)))))
         return self.linear_means(h), self.linear_log_var(h)
 
@@ -188,6 +189,7 @@ class Generator(nn.Module):
         return torch.sigmoid(self.fc3(h1))
 
     def forward(self, z: Tensor, a: Tensor) -> Tensor:
+        """z, a (..., K) -> features (..., D), without feedback."""
         return self.output(self.hidden(z, a))
 
 
@@ -202,6 +204,7 @@ class Critic(nn.Module):
         self.apply(init_eggn_weights)
 
     def forward(self, x: Tensor, a: Tensor) -> Tensor:
+        """x (B, D), a (B, K) -> scores (B,)."""
         return self.fc2(leaky(self.fc1(torch.cat([x, a], dim=1)))).squeeze(1)
 
     @torch.no_grad()
@@ -260,13 +263,16 @@ class Decoder(nn.Module):
         self.apply(init_eggn_weights)
 
     def hidden(self, x: Tensor) -> Tensor:
+        """x (B, D) -> hidden layer (B, ngh)."""
         return leaky(self.fc1(x))
 
     def output(self, hidden: Tensor) -> Tensor:
+        """Hidden layer (B, ngh) -> attributes (B, K), of unit length."""
         h = self.fc3(hidden)
         return h / h.norm(dim=1, keepdim=True)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, D) -> attributes (B, K)."""
         return self.output(self.hidden(x))
 
     @torch.no_grad()

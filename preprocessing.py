@@ -119,6 +119,7 @@ def ahead(iterator, count: int):
 
 
 def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
+    """Maps (B, D, h, w) as an array; raises UserError unless `finite` (a scalar on the device) is true."""
     if not finite:
         raise UserError("the backbone gave NaN or infinity: are --weights the right ones?")
     return maps.cpu().contiguous().numpy()

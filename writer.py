@@ -111,19 +111,17 @@ class Parts:
         self.paths = {start: self.folder / f"{start:08d}-{short_hash([stamp(images[row]) for row in self.rows(start)])}.hdf5"
                       for start in self.starts}
 
-    def path(self, start: int) -> Path:
-        return self.paths[start]
-
     def rows(self, start: int) -> range:
+        """The images of the part that begins at `start`."""
         return range(start, min(start + PART, self.count))
 
     def missing(self, rank: int, ranks: int) -> list[int]:
         """First images of the parts that `rank` of `ranks` has to make and has not made yet."""
-        return [start for start in self.starts[rank::ranks] if not self.path(start).is_file()]
+        return [start for start in self.starts[rank::ranks] if not self.paths[start].is_file()]
 
     def make(self, start: int, batches):
         """Write the part that begins at image `start` from its batches of maps (B, D, h, w)."""
-        with atomic_path(self.path(start), KEPT) as temporary, new_hdf5(temporary) as (file, check), \
+        with atomic_path(self.paths[start], KEPT) as temporary, new_hdf5(temporary) as (file, check), \
                 ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             writer = None
             for maps in batches:
@@ -134,7 +132,7 @@ class Parts:
                 check()
             writer.drain(keep=0)
             if writer.row != len(self.rows(start)):
-                raise UserError(f"{writer.row} of {len(self.rows(start))} maps were made for {self.path(start)}; run again")
+                raise UserError(f"{writer.row} of {len(self.rows(start))} maps were made for {self.paths[start]}; run again")
 
     def prepare(self, map_shape: tuple[int, int, int]):
         """Before the first image, by the one process that holds the output's lock: is there room, and what is left of earlier runs?
@@ -143,11 +141,11 @@ class Parts:
         """
         remove_partials(self.output.parent, self.output.name)
         remove_partials(self.folder)
-        done = [start for start in self.starts if self.path(start).is_file()]
+        done = [start for start in self.starts if self.paths[start].is_file()]
         images_done = sum(len(self.rows(start)) for start in done)
         an_image = 4 * math.prod(map_shape) * (1 if self.compression is None else GZIP_SHARE)
         if done:
-            an_image = sum(self.path(start).stat().st_size for start in done) / images_done
+            an_image = sum(self.paths[start].stat().st_size for start in done) / images_done
         require_space(self.output.parent, an_image * (2 * self.count - images_done), f"{self.output} and the parts it is joined from"
                       + (", by an estimate of what compression leaves," if self.compression and not done else ""))
         for folder in sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.parts-*")):
@@ -162,7 +160,7 @@ class Parts:
 
     def join(self, annotate):
         """All parts as one file under the output's name, annotate(file) adding the rest; then the parts are removed."""
-        lacking = [start for start in self.starts if not self.path(start).is_file()]
+        lacking = [start for start in self.starts if not self.paths[start].is_file()]
         if lacking:
             raise UserError(f"{len(lacking)} of {len(self.starts)} parts are not in {self.folder}: do all ranks share that folder?")
         with atomic_path(self.output, KEPT) as temporary:
@@ -170,7 +168,7 @@ class Parts:
                 annotate(file)
                 target = None
                 for start in self.starts:
-                    with open_part(self.path(start)) as maps:
+                    with open_part(self.paths[start]) as maps:
                         if target is None:
                             target = create_maps(file, (self.count, *maps.shape[1:]), self.compression)
                         for row in self.rows(start):
@@ -189,7 +187,7 @@ class Parts:
                     raise UserError(f"{maps.id.get_num_chunks()} of {self.count} maps are in {path}: run again")
                 for row in sorted({round(row) for row in np.linspace(0, self.count - 1, SAMPLE)}):
                     start = row // PART * PART
-                    with open_part(self.path(start)) as part:
+                    with open_part(self.paths[start]) as part:
                         joined, made = maps[row], part[row - start]
                     if not np.isfinite(joined).all() or joined.tobytes() != made.tobytes():
                         raise UserError(f"image {row} was not joined as it was made: is the disk of {path.parent} sound? Run again")
@@ -198,6 +196,7 @@ class Parts:
 
 
 def short_hash(content) -> str:
+    """12 hex digits of a JSON value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
