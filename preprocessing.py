@@ -11,9 +11,11 @@ import json
 import os
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from queue import Full, Queue
 
 import h5py
 import numpy as np
@@ -106,16 +108,31 @@ def forward(backbone, batches):
         yield to_host(*waiting)
 
 
-def ahead(iterator, count: int):
-    """The items of `iterator`, made in a thread, up to `count` of them before they are asked for: the backbone does not wait for the disk."""
-    with ThreadPoolExecutor(max_workers=1) as maker:
-        waiting = deque(maker.submit(next, iterator, None) for _ in range(count))
-        try:
-            while (item := waiting.popleft().result()) is not None:
-                waiting.append(maker.submit(next, iterator, None))
-                yield item
-        finally:
-            maker.shutdown(cancel_futures=True)
+def hand_over(batches, make, writer: ThreadPoolExecutor) -> Future:
+    """Have `make(iterator)` use up `batches` in the thread of `writer`, at most AHEAD behind: the backbone does not wait for the disk.
+
+    Returns what becomes of `make`, which may still be at work. Raises what it raised, if it ended early.
+    """
+    handed = Queue(AHEAD)
+
+    def received():
+        while (batch := handed.get()) is not None:
+            yield batch
+
+    made = writer.submit(make, received())
+
+    def put(item):
+        while not made.done():
+            with contextlib.suppress(Full):
+                return handed.put(item, timeout=1)
+        made.result()
+
+    try:
+        for batch in batches:
+            put(batch)
+    finally:
+        put(None)
+    return made
 
 
 def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
@@ -138,11 +155,16 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already"
               + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
-    with tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar, \
-            contextlib.closing(ahead(forward(backbone, loader), AHEAD)) as maps:
+    with tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar, ThreadPoolExecutor(max_workers=1) as writer:
+        maps, made = forward(backbone, loader), deque()
         try:
             for start in todo:
-                parts.make(start, progressing(bar, maps, -(-len(parts.rows(start)) // options.batch_size)))
+                while made and (len(made) > 1 or made[0].done()):
+                    made.popleft().result()
+                batches_of_part = -(-len(parts.rows(start)) // options.batch_size)
+                made.append(hand_over(progressing(bar, maps, batches_of_part), partial(parts.make, start), writer))
+            while made:
+                made.popleft().result()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
