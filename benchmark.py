@@ -37,7 +37,7 @@ from eggn import EGGN
 from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from model import SCEN, global_classifier
-from preprocessing import Backbone, Images, extract
+from preprocessing import Backbone, Images, default_workers, extract
 from scen import Embedding, distill_step, rmsprop, scen_step
 from train_joint import CONFIGS
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
@@ -296,8 +296,7 @@ def preprocessing_run(data_root: Path, device: torch.device, images: int = 256) 
     network, provenance = build_backbone("efficientnet_lite2", None, 448)
     at_once = 64 if device.type == "cuda" else 4
     backbone = Backbone(Pixels("efficientnet_lite2"), network, device, torch.float32, at_once)
-    cores = os.cpu_count() or 1
-    options = argparse.Namespace(batch_size=at_once, num_workers=min(8, cores if device.type == "cuda" else cores // 4))
+    options = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
     photographs = Images([data_root / "CUB" / tail for tail in read_dataset(data_root, "CUB")[2][:images]], image_transform(448))
     decoded = [torch.stack([photographs[index] for index in piece]) for piece in torch.arange(images).split(at_once)]
 

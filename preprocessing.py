@@ -212,6 +212,12 @@ def wait_for_all_ranks():
             raise UserError("another rank ended before its work was done: see what it said, and run again") from None
 
 
+def default_workers(device: torch.device) -> int:
+    """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself."""
+    cores = os.cpu_count() or 1
+    return min(8, cores if device.type == "cuda" else cores // 4)
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
     parser = FlagParser("Images -> feature maps -> HDF5.")
     parser.add_argument("--dataset", "-d", required=True, choices=LAYOUTS)
@@ -245,8 +251,7 @@ def main(argv=None):
     device = pick_device(options.device or device_of_rank())
     options.batch_size = options.batch_size or (64 if device.type == "cuda" else 4)
     if options.num_workers is None:
-        cores = os.cpu_count() or 1
-        options.num_workers = min(8, cores if device.type == "cuda" else cores // 4)
+        options.num_workers = default_workers(device)
     data_root, dataset = options.data_root, options.dataset
     output = options.output or feature_file(dataset, options.backbone)
     split, class_names, tails = read_dataset(data_root, dataset)
