@@ -16,7 +16,7 @@ CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(shell echo $(DATASET) 
 
 demo: $(VENV)/installed
 	$(BIN)/python toy.py
-	$(BIN)/python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224
+	$(BIN)/python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224 --normalization backbone
 	$(BIN)/python train_joint.py --wandb offline
 
 test: $(VENV)/installed-test

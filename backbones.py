@@ -3,11 +3,14 @@ import hashlib
 import os
 import urllib.error
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
+from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models, transforms
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -42,10 +45,10 @@ def image_transform(img_size: int) -> transforms.Compose:
 class Pixels(nn.Module):
     """Images (B, 3, H, W) uint8 -> float32: to [0, 1], then less a mean and over a std.
 
-    normalization: backbone, those that the backbone's weights were trained with, or imagenet, the paper's (section 3).
+    normalization: imagenet, the paper's (section 3), or backbone, those that the backbone's weights were trained with.
     """
 
-    def __init__(self, backbone: str, normalization: str = "backbone"):
+    def __init__(self, backbone: str, normalization: str = "imagenet"):
         super().__init__()
         self.name, mean, std = EFFICIENTNET_LITE if (backbone, normalization) == (OFFLINE, "backbone") else IMAGENET
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
@@ -65,6 +68,12 @@ class LastMap(nn.Module):
     def forward(self, images):
         return self.network(images)["map"]
 
+    def fold_batch_norm(self):
+        self.network = fuse(self.network, inplace=True, no_trace=True)
+        for block in self.network.modules():
+            if isinstance(block, nn.Sequential):  # the graph takes torchvision's conv-norm-activation blocks for single nodes
+                fold_pairs(block, pairwise(name for name, _ in block.named_children()))
+
 
 class EfficientNetLiteMap(nn.Module):
     """EfficientNet-Lite2 cut after its last convolution: images (B, 3, H, H) -> (B, 1280, H/32, H/32).
@@ -79,6 +88,29 @@ class EfficientNetLiteMap(nn.Module):
 
     def forward(self, images):
         return self.network.extract_features(images)
+
+    def fold_batch_norm(self):
+        pairs = (("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"), ("_conv_head", "_bn1"))
+        for block in (self.network, *self.network._blocks):
+            fold_pairs(block, pairs)
+            block._swish.inplace = True
+
+
+def fold_pairs(block: nn.Module, pairs):
+    """Fold the second of each pair of a block's submodules, named, into the first, if they are a convolution and its normalisation."""
+    for conv, norm in pairs:
+        if isinstance(getattr(block, conv, None), nn.Conv2d) and isinstance(getattr(block, norm, None), nn.BatchNorm2d):
+            setattr(block, conv, fuse_conv_bn_eval(getattr(block, conv), getattr(block, norm)))
+            setattr(block, norm, nn.Identity())
+
+
+def fold_batch_norm(network: nn.Module) -> nn.Module:
+    """A backbone in eval mode with its batch normalisations folded into the convolutions before them, in place.
+
+    They are affine there, so the maps are the same but for rounding (to 1e-5 of their norm); each was a pass over memory of its own.
+    """
+    network.fold_batch_norm()
+    return network.eval().requires_grad_(False)
 
 
 def build_backbone(name: str, weights: Path | None, img_size: int) -> tuple[nn.Module, dict[str, str]]:

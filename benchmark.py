@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import Pixels, build_backbone, image_transform
+from backbones import OFFLINE, Pixels, build_backbone, fold_batch_norm, image_transform
 from config import read_config
 from dataset import Features, normalize_positions, open_features
 from eggn import EGGN
@@ -232,7 +232,7 @@ def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
 
 def backbone_stage(device: torch.device, img_size: int) -> Stage:
     """The offline backbone's forward pass, images already on the device."""
-    backbone = build_backbone("efficientnet_lite2", None, img_size)[0].to(device, memory_format=torch.channels_last)
+    backbone = fold_batch_norm(build_backbone(OFFLINE, None, img_size)[0]).to(device, memory_format=torch.channels_last)
     images = torch.randn(4 if device.type == "cpu" else 64, 3, img_size, img_size, device=device)
     images = images.to(memory_format=torch.channels_last)
 
@@ -291,31 +291,41 @@ def whole_run(command: list[str]) -> dict:
     return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
 
 
-def preprocessing_run(data_root: Path, device: torch.device, images: int = 256) -> dict:
-    """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images."""
-    network, provenance = build_backbone("efficientnet_lite2", None, 448)
-    at_once = 64 if device.type == "cuda" else 4
-    backbone = Backbone(Pixels("efficientnet_lite2"), network, device, torch.float32, at_once)
-    options = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
-    photographs = Images([data_root / "CUB" / tail for tail in read_dataset(data_root, "CUB")[2][:images]], image_transform(448))
+def preprocessing_run(options, device: torch.device, images: int = 256) -> dict:
+    """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images.
+
+    The bare backbone is timed as preprocessing.py runs it (batch normalisation folded) and as its package gives it.
+    """
+    backbones, at_once = {}, 64 if device.type == "cuda" else 4
+    for name in ("packaged", "bare"):
+        network, provenance = build_backbone(options.backbone, options.weights, 448)
+        network = fold_batch_norm(network) if name == "bare" else network
+        backbones[name] = Backbone(Pixels(options.backbone), network, device, torch.float32, at_once)
+    loading = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
+    photographs = Images([options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]], image_transform(448))
     decoded = [torch.stack([photographs[index] for index in piece]) for piece in torch.arange(images).split(at_once)]
 
-    def bare():
+    def forward(name):
         with torch.inference_mode():
             for batch in decoded:
-                maps = backbone(batch)
+                maps = backbones[name](batch)
             maps.cpu()
+
+    def decode():
+        for index in range(images):
+            photographs[index]
 
     def whole(compression):
         with tempfile.TemporaryDirectory() as folder:
             parts = Parts(Path(folder) / "maps.hdf5", photographs.paths, compression, {})
-            extract(backbone, photographs, parts, options)
+            extract(backbones["bare"], photographs, parts, loading)
             parts.join(lambda file: None)
 
-    times = Timer(device).medians([bare, partial(whole, None), partial(whole, "gzip")], 3)
-    speeds = dict(zip(("bare_backbone", "uncompressed", "gzip"), (images / seconds for seconds in times)))
-    return {"stage": "preprocessing, images/s", "weights": provenance["weights"]} | speeds | {
-        f"{name}_of_bare": speeds[name] / speeds["bare_backbone"] for name in ("uncompressed", "gzip")}
+    calls = {"packaged_backbone": partial(forward, "packaged"), "bare_backbone": partial(forward, "bare"), "decoding_in_one_process": decode,
+             "uncompressed": partial(whole, None), "gzip": partial(whole, "gzip")}
+    speeds = {name: images / seconds for name, seconds in zip(calls, Timer(device).medians(list(calls.values()), 3))}
+    return {"stage": "preprocessing, images/s", "backbone": options.backbone, "weights": provenance["weights"]} | speeds | {
+        f"{name}_of_{bare}": speeds[name] / speeds[f"{bare}_backbone"] for name in ("uncompressed", "gzip") for bare in ("bare", "packaged")}
 
 
 def stream_run(D: int, folder: Path) -> dict:
@@ -354,6 +364,8 @@ def main(argv=None):
     parser.add_argument("--stream", type=int, default=None, metavar="D", help="measure the memory of training from a file of AWA2's "
                         "37,322 images at D channels (7.5 GB at 256, and as much again for trainval's cache)")
     parser.add_argument("--preprocess", type=Path, default=None, metavar="DATA_ROOT", help="measure preprocessing of CUB's first images there")
+    parser.add_argument("--backbone", default=OFFLINE, help="the network of --preprocess")
+    parser.add_argument("--weights", type=Path, default=None, help="a local state dict for it")
     parser.add_argument("--whole", nargs=argparse.REMAINDER, default=None, help="a training command to run and account for")
     options = parser.parse_args(argv)
     keep_freed_memory()
@@ -362,7 +374,7 @@ def main(argv=None):
     if options.whole or options.stream or options.preprocess:
         with tempfile.TemporaryDirectory() as folder:
             records = [whole_run(options.whole) if options.whole else stream_run(options.stream, Path(folder)) if options.stream
-                       else preprocessing_run(options.preprocess, device)]
+                       else preprocessing_run(options, device)]
         print(json.dumps(records[0], indent=2))
     else:
         records = stage_table(options, device, timer)

@@ -114,7 +114,7 @@ def next_command(data_root: Path, dataset: str, ready: bool, usable: list) -> st
     """What to run for a dataset; usable: the Features that can be trained on."""
     from xlsa17 import feature_file
     root = "" if data_root == Path("data") else f" --data_root {shlex.quote(str(data_root))}"
-    backbone, size = ("efficientnet_lite2", " --img_size 224") if dataset == "TOY" else ("resnet101", "")
+    backbone, rest = ("efficientnet_lite2", " --img_size 224 --normalization backbone") if dataset == "TOY" else ("resnet101", "")
     train = "python train_joint.py" if dataset == "TOY" else f"python train_joint_{dataset}.py"
     if feature_file(dataset, backbone) in [features.path for features in usable]:
         return train + root
@@ -123,7 +123,7 @@ def next_command(data_root: Path, dataset: str, ready: bool, usable: list) -> st
         return (f"{train}{root} --features {shlex.quote(str(usable[0].path))}"
                 + "".join(f" --{key} {of[key]}" for key in ("backbone", "img_size") if key in of))
     if ready:
-        return f"python preprocessing.py --dataset {dataset}{root}" + (f" --backbone {backbone}{size}" if size else " --compression")
+        return f"python preprocessing.py --dataset {dataset}{root}" + (f" --backbone {backbone}{rest}" if rest else " --compression")
     return f"python toy.py{root}" if dataset == "TOY" else f"put {dataset} below {data_root} (README, Data layout), then python doctor.py{root}"
 
 

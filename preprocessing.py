@@ -26,7 +26,7 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import Pixels, build_backbone, image_transform, read_image
+from backbones import OFFLINE, Pixels, build_backbone, fold_batch_norm, image_transform, read_image
 from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, pick_device
 from w2v import attribute_vectors
 from writer import FILTERS, Parts, write_annotations
@@ -232,9 +232,9 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet101", help="a torchvision classification CNN, or efficientnet_lite2 (offline)")
     parser.add_argument("--weights", type=Path, default=None, help="local state dict (default: the pretrained weights)")
     parser.add_argument("--img_size", type=int, default=448, help="image side in pixels")
-    parser.add_argument("--normalization", choices=("backbone", "imagenet"), default="backbone",
-                        help="the pixels' mean and std: those of the weights' training (default), or ImageNet's; they differ for "
-                             "efficientnet_lite2")
+    parser.add_argument("--normalization", choices=("imagenet", "backbone"), default="imagenet",
+                        help="the pixels' mean and std: ImageNet's, as in the paper (default), or those of the weights' training, which "
+                             f"differ for {OFFLINE}")
     parser.add_argument("--w2v", type=Path, default=None, help=".pkl, .npy, word2vec .bin/.txt or GloVe .txt (default: <data_root>/w2v)")
     parser.add_argument("--output", type=Path, default=None, help="HDF5 file (default: data/<DS>/feature_map_<backbone>_<DS>.hdf5)")
     options = parser.parse_args(argv)
@@ -261,9 +261,11 @@ def main(argv=None):
     w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])
     network, provenance = build_backbone(options.backbone, options.weights, options.img_size)
     pixels = Pixels(options.backbone, options.normalization)
+    if (options.backbone, options.normalization) == (OFFLINE, "imagenet"):
+        print(f"pixels are normalised as in the paper; {OFFLINE} was trained on others, --normalization backbone gives it those")
     transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
     provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform,
-                   "normalization": options.normalization, "precision": options.precision,
+                   "normalization": options.normalization, "precision": options.precision, "batch_norm": "folded",
                    "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
                                            "h5py": h5py.__version__, "pillow": PIL.__version__})}
@@ -274,7 +276,7 @@ def main(argv=None):
             with torch.inference_mode():
                 parts.prepare(network(torch.zeros(1, 3, options.img_size, options.img_size)).shape[1:])
         wait_for_all_ranks()
-        backbone = Backbone(pixels, network, device, getattr(torch, options.precision), options.batch_size)
+        backbone = Backbone(pixels, fold_batch_norm(network), device, getattr(torch, options.precision), options.batch_size)
         try:
             speed = extract(backbone, images, parts, options)
         finally:

@@ -36,7 +36,7 @@ def test_from_data_to_features_to_training(report, tmp_path):
     toy.render(tmp_path / "data", classes=5, unseen=1, images_per_class=5)
     lines = report("TOY")
     assert "25 images, 5 classes (4 seen, 1 unseen)" in lines[0] and "25 of 25 images are there" in lines[1] and "Gaussian" in lines[2]
-    assert lines[3] == "  next: python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224"
+    assert lines[3] == "  next: python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224 --normalization backbone"
     preprocessing.main(["-d", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "-n", "0", "-c"])
     lines = report("TOY")
     assert "efficientnet_lite2 at 64 px, 25 maps 1280x2x2, compressed, 0.00 GB, split " in lines[3]

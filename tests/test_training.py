@@ -8,6 +8,7 @@ import torch
 import yaml
 from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
 
+import literal_run
 import logs
 import train_joint
 import visualize
@@ -189,3 +190,16 @@ def test_the_baselines_run_is_found_for_the_picture(features, tmp_path, monkeypa
 def test_wandb_modes_old_names_too(monkeypatch, mode, meant):
     monkeypatch.setenv("WANDB_MODE", mode)
     assert logs.wandb_mode(None) == meant and logs.wandb_mode("offline") == "offline"
+
+
+def test_a_whole_run_of_the_transcription_learns_as_ours_does(tmp_path):
+    features = write_features(tmp_path / "f.hdf5", feature_arrays(per_class=30, classes=16, unseen=(1, 5, 9, 13), K=30, D=64))
+    settings = SMALL_RUN | dict(batch_size=24, scen_iterations=200, scen_lr=1e-3, distill_iterations=300, nepoch=8, ngh=64, ndh=64, syn_num=50,
+                                classifier_lr=3e-3, classifier_epochs=10, a1=0.5, a2=0.5, seed=1)
+    _, _, ours, _ = run(features, tmp_path / "runs", **settings)
+    literal_run.main([str(features), "--json", str(tmp_path / "record.json"), *flags(**settings)])
+    plain = json.loads((tmp_path / "record.json").read_text())
+    assert [row["epoch"] for row in plain["epochs"]] == list(range(1, 9))
+    assert plain["best_H"] == max(row["H"] for row in plain["epochs"]) and set(plain["seconds"]) >= {"scen", "distill", "eggn", "evaluate"}
+    for result in (plain, ours):  # chance is 25 and below 7
+        assert result["best_acc_zs"] > 40 and result["best_H"] > 30, result
