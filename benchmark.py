@@ -291,7 +291,7 @@ def whole_run(command: list[str]) -> dict:
     return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
 
 
-def preprocessing_run(options, device: torch.device, images: int = 256) -> dict:
+def preprocessing_run(options, device: torch.device, images: int = 128) -> dict:
     """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images.
 
     The bare backbone is timed as preprocessing.py runs it (batch normalisation folded) and as its package gives it.
