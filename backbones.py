@@ -69,6 +69,7 @@ class LastMap(nn.Module):
         return self.network(images)["map"]
 
     def fold_batch_norm(self):
+        """See the function `fold_batch_norm`."""
         self.network = fuse(self.network, inplace=True, no_trace=True)
         for block in self.network.modules():
             if isinstance(block, nn.Sequential):  # the graph takes torchvision's conv-norm-activation blocks for single nodes
@@ -90,6 +91,7 @@ class EfficientNetLiteMap(nn.Module):
         return self.network.extract_features(images)
 
     def fold_batch_norm(self):
+        """See the function `fold_batch_norm`."""
         pairs = (("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"), ("_conv_head", "_bn1"))
         for block in (self.network, *self.network._blocks):
             fold_pairs(block, pairs)

@@ -132,10 +132,6 @@ class Workbench:
                           noise=torch.randn(s.B, s.K, device=device),
                           unseen=self.unseen[torch.randint(len(self.unseen), (s.B,), device=device)])
         self.eggn = EGGN(s.D, self.att, self.guide, config).to(device)
-        self.plain_eggn = EGGN(s.D, self.att, self.guide, config).to(device)
-        for name, optimizer in self.plain_eggn.optimizers.items():
-            group = optimizer.param_groups[0]
-            self.plain_eggn.optimizers[name] = torch.optim.Adam(group["params"], group["lr"], group["betas"])
         self.scen.gen.scaler.fit(self.scen.embed(self.maps)[0])
 
 
@@ -146,9 +142,9 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
     distilled = global_classifier(s.D, config.distill_hidden, s.C).to(bench.device)
     distill_optimizer = rmsprop(distilled.parameters(), config.scen_lr, config)
     maps_bytes = s.B * R * s.D * 4.0
-    plain_rmsprop = lambda network: torch.optim.RMSprop(network.parameters(), lr=config.scen_lr,
-                                                        weight_decay=config.scen_weight_decay, momentum=config.scen_momentum)
-    scen_optimizer, plain_distill_optimizer = plain_rmsprop(scen), plain_rmsprop(distilled)
+    if literal:
+        plain_eggn = literal.use_plain_adam(EGGN(s.D, bench.att, bench.guide, config).to(bench.device))
+        scen_optimizer, plain_distill_optimizer = literal.rmsprop(scen, config), literal.rmsprop(distilled, config)
 
     def literal_scen():
         local, globally = literal.scen_losses(scen, bench.raw, bench.labels, bench.seen)
@@ -162,7 +158,7 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
     def literal_critic(encode):
         for t in range(T):
             x = literal.dense_features(scen, bench.raw)[0].clamp(0, 1) if encode else bench.x[t]
-            literal.critic_step(bench.plain_eggn, x, bench.y[t], draws["eps"][t], draws["alpha"][t], False)
+            literal.critic_step(plain_eggn, x, bench.y[t], draws["eps"][t], draws["alpha"][t], False)
 
     def generator(step, encode=False):
         x = literal.dense_features(scen, bench.raw)[0].clamp(0, 1) if encode else bench.x[T]
@@ -171,7 +167,7 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
     oracle = lambda call: call if literal else None
     critic_rows = dict(unit="step", units=T, flop=T * critic_flop(s, config), bytes=T * 28.0 * s.D * (config.ndh + config.ngh))
     generator_rows = dict(unit="step", flop=generator_flop(s, config), bytes=28.0 * s.D * 3 * config.ngh)
-    literal_generator = lambda *draw: literal.generator_step(bench.plain_eggn, *draw)
+    literal_generator = lambda *draw: literal.generator_step(plain_eggn, *draw)
     return [
         Stage("SCEN step", lambda: scen_step(scen, bench.optimizer, bench.maps, bench.labels, bench.seen, config), "image", s.B,
               scen_flop(s), 4 * maps_bytes, oracle(literal_scen)),

@@ -9,6 +9,19 @@ from torch.nn import functional as F
 from model import vae_loss, weighted_l1
 
 
+def rmsprop(network, config):
+    """Stages 1 and 2's optimiser, with torch's defaults."""
+    return torch.optim.RMSprop(network.parameters(), lr=config.scen_lr, weight_decay=config.scen_weight_decay, momentum=config.scen_momentum)
+
+
+def use_plain_adam(eggn):
+    """An EGGN with torch's default Adam in the place of each fused one."""
+    for name, optimizer in eggn.optimizers.items():
+        group = optimizer.param_groups[0]
+        eggn.optimizers[name] = torch.optim.Adam(group["params"], group["lr"], group["betas"])
+    return eggn
+
+
 def scen_forward(scen, raw):
     """raw (B, D, h, w) -> (A (B, K, R), h (B, K, D), s (B, K), S (B, C)), the maps being normalised here, each time."""
     maps = F.normalize(raw.flatten(2), dim=1)  # (B, D, R)

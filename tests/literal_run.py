@@ -7,7 +7,6 @@ train_joint.py's in distribution, not one by one. Every key of the config is a f
 """
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -24,9 +23,8 @@ from dataset import open_features
 from eggn import EGGN
 from model import SCEN, global_classifier
 from scen import Embedding
-from util import FlagParser, exit_on_user_error, write_text
-
-SPLITS = ("trainval", "test_seen", "test_unseen")
+from stages import SPLITS
+from util import FlagParser, exit_on_user_error, peak_memory_gb, write_text
 
 
 class Data:
@@ -47,10 +45,6 @@ class Data:
         return self.raw[rows], self.y[rows]
 
 
-def rmsprop(network, config):
-    return torch.optim.RMSprop(network.parameters(), lr=config.scen_lr, weight_decay=config.scen_weight_decay, momentum=config.scen_momentum)
-
-
 def step(optimizer, loss):
     optimizer.zero_grad()
     loss.backward()
@@ -59,7 +53,7 @@ def step(optimizer, loss):
 
 def fit_scen(data: Data, scen: SCEN, config):
     """Stage 1, and the scaler on all of trainval."""
-    optimizer, seen = rmsprop(scen, config), torch.from_numpy(data.split.seen)
+    optimizer, seen = literal.rmsprop(scen, config), torch.from_numpy(data.split.seen)
     for _ in range(config.scen_iterations):
         raw, y = data.batch()
         local, globally = literal.scen_losses(scen, raw, y, seen)
@@ -72,7 +66,7 @@ def fit_scen(data: Data, scen: SCEN, config):
 
 def distil(data: Data, scen: SCEN, classifier, config):
     """Stage 2."""
-    optimizer = rmsprop(classifier, config)
+    optimizer = literal.rmsprop(classifier, config)
     for _ in range(config.distill_iterations):
         x, S = literal.dense_features(scen, data.batch()[0])
         step(optimizer, F.mse_loss(classifier(x), S))
@@ -124,10 +118,7 @@ def main(argv=None):
     classifier = global_classifier(D, config.distill_hidden, len(att))
     distil(data, scen, classifier, config)
     lap("distill")
-    eggn = EGGN(D, att, classifier, config)
-    adam = lambda network, lr, beta1: torch.optim.Adam(network.parameters(), lr, (beta1, 0.999))
-    eggn.optimizers = {"E": adam(eggn.E, config.lr, 0.9), "G": adam(eggn.G, config.lr, 0.5), "D": adam(eggn.D, config.lr, 0.5),
-                       "Dec": adam(eggn.Dec, config.dec_lr, 0.5), "F": adam(eggn.F, config.feed_lr, 0.5)}
+    eggn = literal.use_plain_adam(EGGN(D, att, classifier, config).to("cpu"))
     splits, epochs = embeddings(data, scen), []
     lap("embed")
     for epoch in range(1, config.nepoch + 1):
@@ -138,10 +129,10 @@ def main(argv=None):
         epochs.append({"epoch": epoch} | {name: 100 * float(value) for name, value in
                                           (("acc_zs", acc_zs), ("acc_unseen", U), ("acc_seen", S), ("H", H))})
         print(epochs[-1], flush=True)
-    record = {"stage": "whole run of the transcription", "seed": config.seed, "epochs": epochs, "best_acc_zs": max((row["acc_zs"] for row in epochs), default=0.0),
-              "best_H": max((row["H"] for row in epochs), default=0.0), "seconds": seconds, "all_seconds": sum(seconds.values()),
-              "peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-              "features": data.features.provenance.get("normalization"), "matmul_precision": config.matmul_precision}
+    best = {f"best_{name}": max((row[name] for row in epochs), default=0.0) for name in ("acc_zs", "H")}
+    record = {"stage": "whole run of the transcription", "seed": config.seed, "epochs": epochs} | best | {
+        "seconds": seconds, "all_seconds": sum(seconds.values()), "normalization": data.features.provenance.get("normalization"),
+        "matmul_precision": config.matmul_precision} | peak_memory_gb(torch.device("cpu"))
     print(json.dumps(record))
     if options.json:
         write_text(options.json, json.dumps(record, indent=2) + "\n")

@@ -86,6 +86,7 @@ def test_pixels_are_torchvisions_bit_for_bit():
     assert torch.equal(Pixels("efficientnet_lite2")(pixels)[0], expected)
     own = transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)(transforms.ToTensor()(image))
     assert torch.equal(Pixels("efficientnet_lite2", "backbone")(pixels)[0], own)
+    assert not torch.allclose(own, expected)
 
 
 def test_compression_batch_size_and_workers_change_no_number(toy_root, plain, tmp_path):
