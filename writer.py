@@ -11,20 +11,20 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
+from isal import isal_zlib
 
 from util import UserError, atomic_path, remove_partials, require_space
 from xlsa17 import Split
 
 PART = 256  # images
 SAMPLE = 64  # images that are read again when all are joined
-GZIP_LEVEL = 4
+GZIP_LEVEL = 1  # ISA-L's: as small as zlib's level 4 in a tenth of the time
 GZIP_SHARE = 0.35  # of the uncompressed size: an estimate, until there are parts to tell
 KEPT = "free some disk space and run again; the finished parts stay, and it goes on with them"
 FILTERS = {None: {}, "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL}, "lzf": {"compression": "lzf"}}
@@ -72,8 +72,8 @@ def new_hdf5(path: Path):
 class MapWriter:
     """Writes feature maps, row after row; gzip runs in threads beside the backbone.
 
-    gzip chunks are compressed here and stored as they are, which is what HDF5's own filter would store: zlib releases
-    Python's lock, HDF5's filter does not.
+    gzip chunks are compressed here and stored as they are, in the format of HDF5's own filter: ISA-L is much faster than that
+    filter's zlib, and releases Python's lock.
     """
 
     def __init__(self, target: h5py.Dataset, compression: str | None, pool: ThreadPoolExecutor):
@@ -84,7 +84,7 @@ class MapWriter:
         """Append maps (B, D, h, w) float32."""
         if self.compression == "gzip":
             for offset, image_map in enumerate(np.ascontiguousarray(maps)):
-                self.pending.append((self.row + offset, self.pool.submit(zlib.compress, image_map.data, GZIP_LEVEL)))
+                self.pending.append((self.row + offset, self.pool.submit(isal_zlib.compress, image_map.data, GZIP_LEVEL)))
             self.drain(keep=2 * len(maps))
         else:
             self.target[self.row:self.row + len(maps)] = maps
