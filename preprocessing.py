@@ -33,6 +33,7 @@ from writer import FILTERS, Parts, write_annotations
 from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
+DECODED_AT_ONCE = 4  # batches, where no process decodes beside the backbone: after each forward pass its threads hold the cores for a while
 AHEAD = 6  # batches that wait to be written, while a part is made safe on the disk
 
 
@@ -41,10 +42,15 @@ class Unreadable(str):
 
 
 class Images(Dataset):
-    """The dataset's images in xlsa17's order: index -> (3, S, S) uint8 tensor, or Unreadable."""
+    """The dataset's images in xlsa17's order: index -> (3, S, S) uint8 tensor, or Unreadable.
 
-    def __init__(self, paths: list[Path], transform):
+    workers: the processes that decode batches side by side. Without any, a batch is decoded in threads (Pillow lets go of
+    Python's lock): nothing else runs meanwhile.
+    """
+
+    def __init__(self, paths: list[Path], transform, workers: int = 0):
         self.paths, self.transform = paths, transform
+        self.threads = ThreadPoolExecutor(1 if workers else os.cpu_count())
 
     def __len__(self):
         return len(self.paths)
@@ -54,6 +60,9 @@ class Images(Dataset):
             return read_image(self.paths[index], self.transform)
         except UserError as error:
             return Unreadable(f"{error}: restore it from the dataset")
+
+    def __getitems__(self, indices):
+        return list(self.threads.map(self.__getitem__, indices))
 
 
 def collate(items):
@@ -144,9 +153,8 @@ def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
 
 def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
-    todo = parts.missing(*rank_of_ranks())
-    batches = [list(parts.rows(start))[at:at + options.batch_size] for start in todo
-               for at in range(0, len(parts.rows(start)), options.batch_size)]
+    todo, loaded = parts.missing(*rank_of_ranks()), options.batch_size * (1 if options.num_workers else DECODED_AT_ONCE)
+    batches = [list(parts.rows(start))[at:at + loaded] for start in todo for at in range(0, len(parts.rows(start)), loaded)]
     loader = DataLoader(images, batch_sampler=batches, num_workers=options.num_workers, collate_fn=collate,
                         pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
     # float32 means float32: cuDNN would use TF32 unasked
@@ -161,7 +169,7 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
             for start in todo:
                 while made and (len(made) > 1 or made[0].done()):
                     made.popleft().result()
-                batches_of_part = -(-len(parts.rows(start)) // options.batch_size)
+                batches_of_part = -(-len(parts.rows(start)) // loaded)
                 made.append(hand_over(progressing(bar, maps, batches_of_part), partial(parts.make, start), writer))
             while made:
                 made.popleft().result()
@@ -269,7 +277,7 @@ def main(argv=None):
                    "split_fingerprint": split.fingerprint, "device": device.type,
                    "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
                                            "h5py": h5py.__version__, "pillow": PIL.__version__})}
-    images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size))
+    images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size), options.num_workers)
     parts = Parts(output, images.paths, options.compression, provenance | {"batch_size": options.batch_size})
     with sole_job(output):
         if rank_of_ranks()[0] == 0:
