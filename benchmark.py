@@ -8,7 +8,7 @@
 Times are medians after a warm-up. FLOP and bytes are what the method cannot do without (2 FLOP a multiply-add). *Of ceiling* is
 the time that they take at this machine's measured rates of a large matmul or a large copy, whichever is longer, as a share of the
 time taken; of files, the disk's and the compression's speed decide, so that it says little. The transcription runs with torch's default
-optimisers, and in this process, so that it has the same settings of the allocator as ours.
+optimisers and products, and in this process, so that it has the same settings of the allocator as ours.
 """
 import argparse
 import contextlib
@@ -38,6 +38,7 @@ from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from model import SCEN, global_classifier
 from preprocessing import Backbone, Images, default_workers, extract
+from products import fast_products
 from scen import Embedding, distill_step, rmsprop, scen_step
 from train_joint import CONFIGS
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
@@ -106,7 +107,7 @@ def ceilings(device: torch.device, timer: Timer) -> tuple[float, float]:
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     source = torch.randn(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    matmul, copy = timer.medians([lambda: a @ b, lambda: target.copy_(source)], 7)
+    matmul, copy = timer.medians([ours(lambda: a @ b, device), lambda: target.copy_(source)], 7)
     return 2 * n**3 / matmul, 2 * source.numel() * 4 / copy
 
 
@@ -248,13 +249,21 @@ def size_of(features: Features, batch: int) -> Size:
                 len(split.test_seen) + len(split.test_unseen))
 
 
-def measure(stages: list[Stage], timer: Timer, repeats: int, matmul: float, copy: float):
+def ours(call: Callable, device: torch.device) -> Callable:
+    """The call as training makes it: with the products that suit the device."""
+    def run():
+        with fast_products(device):
+            call()
+    return run
+
+
+def measure(stages: list[Stage], device: torch.device, timer: Timer, repeats: int, matmul: float, copy: float):
     """Yield a record a stage; matmul (FLOP/s) and copy (bytes/s) are the machine's ceilings."""
     for stage in stages:
-        calls = [stage.run] + ([stage.literal] if stage.literal else [])
+        calls = [ours(stage.run, device)] + ([stage.literal] if stage.literal else [])
         seconds = timer.medians(calls, repeats)
         record = {"stage": stage.name, "seconds": seconds[0], "rate": stage.units / seconds[0], "unit": stage.unit,
-                  "peak_gb": timer.peak_gb(stage.run), "gflop": stage.flop / 1e9, "gbyte": stage.bytes / 1e9,
+                  "peak_gb": timer.peak_gb(calls[0]), "gflop": stage.flop / 1e9, "gbyte": stage.bytes / 1e9,
                   "of_ceiling": max(stage.flop / matmul, stage.bytes / copy) / seconds[0]}
         if stage.literal:
             record |= {"literal_seconds": seconds[1], "ratio": seconds[1] / seconds[0]}
@@ -287,7 +296,7 @@ def whole_run(command: list[str]) -> dict:
     return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
 
 
-def preprocessing_run(options, device: torch.device, images: int = 128) -> dict:
+def preprocessing_run(options, device: torch.device, images: int = 256) -> dict:
     """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images.
 
     The bare backbone is timed as preprocessing.py runs it (batch normalisation folded) and as its package gives it.
@@ -298,8 +307,9 @@ def preprocessing_run(options, device: torch.device, images: int = 128) -> dict:
         network = fold_batch_norm(network) if name == "bare" else network
         backbones[name] = Backbone(Pixels(options.backbone), network, device, torch.float32, at_once)
     loading = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
-    photographs = Images([options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]], image_transform(448))
-    decoded = [torch.stack([photographs[index] for index in piece]) for piece in torch.arange(images).split(at_once)]
+    paths = [options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]]
+    photographs = Images(paths, image_transform(448), loading.num_workers)
+    decoded = [torch.stack(photographs.__getitems__(piece)) for piece in torch.arange(images).split(at_once)]
 
     def forward(name):
         with torch.inference_mode():
@@ -308,8 +318,8 @@ def preprocessing_run(options, device: torch.device, images: int = 128) -> dict:
             maps.cpu()
 
     def decode():
-        for index in range(images):
-            photographs[index]
+        for piece in torch.arange(images).split(at_once):
+            photographs.__getitems__(piece)
 
     def whole(compression):
         with tempfile.TemporaryDirectory() as folder:
@@ -402,7 +412,7 @@ def stage_table(options, device: torch.device, timer: Timer) -> list[dict]:
         bench = Workbench(size, config, device, raw)
         stages = [backbone_stage(device, 448), *file_stages(raw[:32].numpy(), Path(folder)), *training_stages(bench, literal),
                   evaluation_stage(bench, literal)]
-        for record in measure([stage for stage in stages if options.stages in stage.name], timer, options.repeats, matmul, copy):
+        for record in measure([stage for stage in stages if options.stages in stage.name], device, timer, options.repeats, matmul, copy):
             print_record(record)
             records.append(record)
     return records

@@ -79,11 +79,19 @@ class GEN(nn.Module):
         self.scaler = Scaler(channels)
 
     def compose_mlp(self, attention: Tensor, maps: Tensor) -> Tensor:
-        """g_mlp (B, D) from A (B, R, K) and maps (B, R, D); the first layer is (M A) F^T, without h (section 10)."""
-        first, activation, second = self.compose
-        mixed = F.linear(attention, first.weight)  # (B, R, K//2)
-        hidden = activation(maps.transpose(1, 2) @ mixed + first.bias)  # (B, D, K//2)
-        return second(hidden).squeeze(2)
+        """g_mlp (B, D) from A (B, R, K) and maps (B, R, D); the first layer is (M A) F^T, without h (section 10).
+
+        On a CPU image by image: what one needs (K//2 x D) stays in the cache.
+        """
+        mixed = F.linear(attention, self.compose[0].weight).transpose(1, 2)  # (B, K//2, R): M A
+        pieces = len(maps) if maps.device.type == "cpu" else 1
+        return torch.cat([self.compose_mixed(*piece) for piece in zip(mixed.chunk(pieces), maps.chunk(pieces))])
+
+    def compose_mixed(self, mixed: Tensor, maps: Tensor) -> Tensor:
+        """compose_mlp from M A (B, K//2, R) on: (B, D)."""
+        first, _, second = self.compose
+        hidden = F.leaky_relu_(mixed @ maps + first.bias[:, None], self.compose[1].negative_slope)  # (B, K//2, D)
+        return (second.weight @ hidden + second.bias).squeeze(1)
 
     def compose_avg(self, attention: Tensor, maps: Tensor) -> Tensor:
         """g_avg (B, D) = mean_k h_k = F (mean_k A): the global attention map applied to the feature map."""
@@ -229,21 +237,20 @@ class Critic(nn.Module):
 
         slope = activation_slope(alpha * pre_x + (1 - alpha) * pre_fake)
         u = w2 * slope  # (B, ndh)
-        W1x = W1[:, :self.channels]
-        gradient = u @ W1x  # (B, D): grad_xi D
+        gradient = (u @ W1)[:, :self.channels]  # (B, D): grad_xi D
         norm = gradient.norm(dim=1, keepdim=True)
         penalty = ((norm - 1) ** 2).mean()
-        # d penalty / d gradient; 0 where the gradient is 0, as autograd has it for the norm
+        # d penalty / d gradient; 0 where the gradient is 0, as autograd has it for the norm, and for a, which is not mixed
         d_gradient = (2 * gammaD / B) * lambda1 * (norm - 1) * gradient / norm.where(norm > 0, 1)
+        d_gradient = F.pad(d_gradient, (0, a.shape[1]))
 
         d_pre = activation_slope(pre) * (w2 * (gammaD / B))
         d_pre[:B].neg_()
         d_x, d_fake = d_pre.split(B)
-        d_W1 = torch.empty_like(W1)
-        torch.mm(torch.cat([d_pre, u]).T, torch.cat([x, fake, d_gradient]), out=d_W1[:, :self.channels])
+        d_W1 = torch.cat([d_pre, u]).T @ torch.cat([inputs, d_gradient])
         d_W1[:, self.channels:] = d_x.T @ a + d_fake.T @ a
         self.fc1.weight.grad, self.fc1.bias.grad = d_W1, d_x.sum(dim=0) + d_fake.sum(dim=0)
-        d_w2 = (hidden[B:] - hidden[:B]).sum(dim=0) * (gammaD / B) + (d_gradient @ W1x.T * slope).sum(dim=0)
+        d_w2 = (hidden[B:] - hidden[:B]).sum(dim=0) * (gammaD / B) + (d_gradient @ W1.T * slope).sum(dim=0)
         self.fc2.weight.grad, self.fc2.bias.grad = d_w2[None], torch.zeros_like(self.fc2.bias)
         return real_score.mean(), fake_score.mean(), penalty
 

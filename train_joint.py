@@ -18,6 +18,7 @@ from checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
 from config import Config, parse_flags, read_config
 from dataset import Features, Place, choose_place, open_features
 from logs import Run, folder_to_resume, git_commit, new_folder, wandb_mode
+from products import fast_products
 from protocol import present, validation_split
 from report import result_rows, result_table, results, save_curve
 from reuse import find_scen, finished_runs, identity_of_code, identity_of_data
@@ -201,7 +202,7 @@ def main(dataset: str, config_name: str, argv=None):
         checkpoint = Checkpoint(run, identity, saved)
         checkpoint.facts |= known
         with ending(run, resume_command(folder, options)):
-            with checkpoint.signals():
+            with checkpoint.signals(), fast_products(device):
                 table, summary = train(dataset, features, config, device, place, run, checkpoint, scen)
             run.finish(summary)
             if config.log_figures:
