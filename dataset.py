@@ -76,12 +76,15 @@ class Features:
             raise UserError(f"{self.path}: the feature map of image {indices[bad]} holds NaN or infinity: "
                             "run preprocessing.py again")
 
-    def read(self, indices: np.ndarray) -> Tensor:
-        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
-        maps = self.raw(indices)
+    def normalized(self, maps: Tensor, indices: np.ndarray) -> Tensor:
+        """(n, R, D) of the maps (n, D, h, w) of the images `indices`. Raises UserError for NaN and infinity."""
         norms = position_norms(maps)
         self.check_finite(norms, indices)
         return divide_positions(maps, norms)
+
+    def read(self, indices: np.ndarray) -> Tensor:
+        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
+        return self.normalized(self.raw(indices), indices)
 
     def pooled(self, indices: np.ndarray) -> Tensor:
         """The backbone's own visual features (n, D) of the images `indices`: their maps' means over positions."""
@@ -336,27 +339,38 @@ class FeatureMaps:
     def __len__(self):
         return len(self.indices)
 
-    def take(self, positions: Tensor) -> Tensor:
-        """Maps (B, R, D) of `positions` (B,): on the device if they are kept there, else in host memory it can fetch from."""
+    def fetch(self, positions: Tensor) -> Tensor | None:
+        """What has to be waited for to have the maps of `positions` (B,): bytes from a disk."""
+        if self.place.name == "disk":
+            return self.cache.take(positions)
+        return self.features.raw(self.indices[positions.numpy()]) if self.place.name == "none" else None
+
+    def take(self, positions: Tensor, fetched: Tensor | None) -> Tensor:
+        """Maps (B, R, D) of `positions`: on the device if they are kept there, else in host memory it can fetch from."""
         if self.place.name == "device":
             return self.store[positions.to(self.device)].float()
         if self.place.name == "ram":
             maps = self.store[positions]
-        elif self.place.name == "disk":
-            maps = self.cache.take(positions)
         else:
-            maps = self.features.read(self.indices[positions.numpy()])
+            maps = fetched if self.place.name == "disk" else self.features.normalized(fetched, self.indices[positions.numpy()])
         return maps.pin_memory() if self.device.type == "cuda" else maps
 
     def stream(self, table) -> "Iterator[tuple[Tensor, Tensor]]":
-        """Yield (positions, maps) on the device for each row of positions; the next row is fetched meanwhile."""
+        """Yield (positions, maps) on the device for each row of positions; the next row is fetched meanwhile.
+
+        Beside a GPU everything is done ahead; a CPU, all of whose cores are computing, only waits for disks ahead.
+        """
+        ahead, now = self.fetch, self.take
+        if self.device.type == "cuda":
+            ahead, now = lambda positions: self.take(positions, self.fetch(positions)), lambda positions, maps: maps
         with ThreadPoolExecutor(max_workers=1) as reader:
             table = list(table)
-            ahead = reader.submit(self.take, table[0]) if table else None
+            fetched = reader.submit(ahead, table[0]) if table else None
             for row, positions in enumerate(table):
-                maps = ahead.result()
+                here = fetched.result()
                 if row + 1 < len(table):
-                    ahead = reader.submit(self.take, table[row + 1])
+                    fetched = reader.submit(ahead, table[row + 1])
+                maps = now(positions, here)
                 yield positions.to(self.device, non_blocking=True), maps.to(self.device, non_blocking=True)
 
     def batches(self, sampler: BalancedSampler, count: int, skip: int = 0):

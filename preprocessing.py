@@ -50,7 +50,7 @@ class Images(Dataset):
 
     def __init__(self, paths: list[Path], transform, workers: int = 0):
         self.paths, self.transform = paths, transform
-        self.threads = ThreadPoolExecutor(1 if workers else os.cpu_count())
+        self.map = map if workers else ThreadPoolExecutor(os.cpu_count()).map  # threads cannot be sent to a process
 
     def __len__(self):
         return len(self.paths)
@@ -62,7 +62,7 @@ class Images(Dataset):
             return Unreadable(f"{error}: restore it from the dataset")
 
     def __getitems__(self, indices):
-        return list(self.threads.map(self.__getitem__, indices))
+        return list(self.map(self.__getitem__, indices))
 
 
 def collate(items):

@@ -19,8 +19,9 @@ from torchvision import models, transforms
 
 import preprocessing
 import toy
-from backbones import Pixels, build_backbone, fold_batch_norm
+from backbones import Pixels, build_backbone, fold_batch_norm, image_transform
 from dataset import open_features
+from preprocessing import Images
 from util import UserError, locked
 
 OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "--num_workers", "0"]
@@ -213,6 +214,13 @@ def test_missing_things_say_what_goes_where(own_toy, tmp_path):
     with pytest.raises(UserError, match="CUB_200_2011/images is missing"):
         preprocessing.main(["-d", "CUB", "--data_root", str(own_toy)])
     assert not list(tmp_path.glob("*.hdf5"))
+
+
+def test_images_can_be_sent_to_a_decoding_process(own_toy):
+    paths = sorted(own_toy.glob("TOY/images/*/*.jpg"))[:3]
+    sent = pickle.loads(pickle.dumps(Images(paths, image_transform(32), workers=2)))
+    for ours, theirs in zip(Images(paths, image_transform(32)).__getitems__([0, 1, 2]), sent.__getitems__([0, 1, 2]), strict=True):
+        assert ours.shape == (3, 32, 32) and torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
