@@ -37,7 +37,7 @@ from eggn import EGGN
 from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from model import SCEN, global_classifier
-from preprocessing import Backbone, Images, default_workers, extract
+from preprocessing import DECODED_AT_ONCE, Backbone, Images, default_workers, extract
 from products import fast_products
 from scen import Embedding, distill_step, rmsprop, scen_step
 from train_joint import CONFIGS
@@ -318,7 +318,7 @@ def preprocessing_run(options, device: torch.device, images: int = 256) -> dict:
             maps.cpu()
 
     def decode():
-        for piece in torch.arange(images).split(at_once):
+        for piece in torch.arange(images).split(at_once * DECODED_AT_ONCE):
             photographs.__getitems__(piece)
 
     def whole(compression):

@@ -91,7 +91,7 @@ class GEN(nn.Module):
         """compose_mlp from M A (B, K//2, R) on: (B, D)."""
         first, _, second = self.compose
         hidden = F.leaky_relu_(mixed @ maps + first.bias[:, None], self.compose[1].negative_slope)  # (B, K//2, D)
-        return (second.weight @ hidden + second.bias).squeeze(1)
+        return torch.bmm(second.weight.expand(len(hidden), 1, -1), hidden).squeeze(1) + second.bias  # `@` would copy hidden
 
     def compose_avg(self, attention: Tensor, maps: Tensor) -> Tensor:
         """g_avg (B, D) = mean_k h_k = F (mean_k A): the global attention map applied to the feature map."""
@@ -223,7 +223,7 @@ class Critic(nn.Module):
         penalty = mean (|grad_xi D(xi, a)| - 1)^2 at xi = alpha x + (1 - alpha) fake, alpha (B, 1). With one hidden
         layer, grad_xi D = W1x^T u with u = w2 * slope and slope in {0.2, 1} constant almost everywhere; and the hidden
         layer being affine, xi's pre-activations are the same mixture of those of x and fake: one product forward for
-        both, one for the gradient and one back through it, and a single one for all of x's columns of W1's gradient.
+        both, one for the gradient and one back through it, and a single one for W1's gradient but for the columns of a.
         The shares of x and fake in what they have in common (a, the biases) nearly cancel and are summed as autograd
         sums them, each by itself: Adam turns the rounding error of a gradient near zero into a visible step.
         Returns (mean D(x), mean D(fake), penalty), scalars on the device.

@@ -33,7 +33,7 @@ from writer import FILTERS, Parts, write_annotations
 from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
-DECODED_AT_ONCE = 4  # batches, where no process decodes beside the backbone: after each forward pass its threads hold the cores for a while
+DECODED_AT_ONCE = 4  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
 AHEAD = 6  # batches that wait to be written, while a part is made safe on the disk
 
 
@@ -45,7 +45,7 @@ class Images(Dataset):
     """The dataset's images in xlsa17's order: index -> (3, S, S) uint8 tensor, or Unreadable.
 
     workers: the processes that decode batches side by side. Without any, a batch is decoded in threads (Pillow lets go of
-    Python's lock): nothing else runs meanwhile.
+    Python's lock): the backbone does not compute meanwhile.
     """
 
     def __init__(self, paths: list[Path], transform, workers: int = 0):
@@ -103,16 +103,17 @@ class Backbone:
 
 
 @torch.inference_mode()
-def forward(backbone, batches):
-    """Maps (B, D, h, w) float32 on the host of each batch of images; the device already works on the next one meanwhile."""
+def forward(backbone, loaded, batch_size: int):
+    """Maps (batch_size, D, h, w) float32 on the host of the loaded images; the device already works on the next ones meanwhile."""
     waiting = None
-    for images in batches:
+    for images in loaded:
         if isinstance(images, Unreadable):
             raise UserError(images)
-        maps = backbone(images)
-        if waiting is not None:
-            yield to_host(*waiting)
-        waiting = maps, torch.isfinite(maps).all()
+        for batch in images.split(batch_size):
+            maps = backbone(batch)
+            if waiting is not None:
+                yield to_host(*waiting)
+            waiting = maps, torch.isfinite(maps).all()
     if waiting is not None:
         yield to_host(*waiting)
 
@@ -153,23 +154,24 @@ def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
 
 def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
-    todo, loaded = parts.missing(*rank_of_ranks()), options.batch_size * (1 if options.num_workers else DECODED_AT_ONCE)
-    batches = [list(parts.rows(start))[at:at + loaded] for start in todo for at in range(0, len(parts.rows(start)), loaded)]
-    loader = DataLoader(images, batch_sampler=batches, num_workers=options.num_workers, collate_fn=collate,
+    todo = parts.missing(*rank_of_ranks())
+    at_once = options.batch_size * (1 if options.num_workers or backbone.device.type == "cuda" else DECODED_AT_ONCE)
+    loads = [list(parts.rows(start))[at:at + at_once] for start in todo for at in range(0, len(parts.rows(start)), at_once)]
+    loader = DataLoader(images, batch_sampler=loads, num_workers=options.num_workers, collate_fn=collate,
                         pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
     # float32 means float32: cuDNN would use TF32 unasked
     torch.backends.cudnn.allow_tf32 = False
-    count, began = sum(map(len, batches)), time.perf_counter()
+    count, began = sum(map(len, loads)), time.perf_counter()
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already"
               + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
     with tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar, ThreadPoolExecutor(max_workers=1) as writer:
-        maps, made = forward(backbone, loader), deque()
+        maps, made = forward(backbone, loader, options.batch_size), deque()
         try:
             for start in todo:
                 while made and (len(made) > 1 or made[0].done()):
                     made.popleft().result()
-                batches_of_part = -(-len(parts.rows(start)) // loaded)
+                batches_of_part = -(-len(parts.rows(start)) // options.batch_size)
                 made.append(hand_over(progressing(bar, maps, batches_of_part), partial(parts.make, start), writer))
             while made:
                 made.popleft().result()

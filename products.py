@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -18,11 +17,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias by oneDNN; x (..., m), weight (n, m), bias (n,), of any strides. Returns (..., n), without gradient."""
     if not (weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()  # a part of a matrix would go to oneDNN's reference, hundreds of times slower
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN does not look at its stride
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """F.linear, once differentiable, each of its three products by `product`."""
+    """F.linear with each of its three products by `product`; its gradients can be differentiated in turn."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -30,13 +31,12 @@ class OneDNNLinear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_y):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         rows = d_y.flatten(0, -2)
-        return (product(d_y, weight.T) if needs_x else None,
-                product(rows.T, x.flatten(0, -2).T) if needs_weight else None,
+        return (OneDNNLinear.apply(d_y, weight.T, None) if needs_x else None,
+                OneDNNLinear.apply(rows.T, x.flatten(0, -2).T, None) if needs_weight else None,
                 rows.sum(dim=0) if needs_bias else None)
 
 
@@ -80,5 +80,5 @@ def mkl_is_halved() -> bool:
 
 
 def fast_products(device: torch.device):
-    """The context of all computation on the device."""
+    """The context that a run trains in on the device."""
     return FastProducts() if device.type == "cpu" and mkl_is_halved() else contextlib.nullcontext()

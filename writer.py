@@ -24,7 +24,7 @@ from xlsa17 import Split
 
 PART = 256  # images
 SAMPLE = 64  # images that are read again when all are joined
-GZIP_LEVEL = 1  # ISA-L's: as small as zlib's level 4 in a tenth of the time
+GZIP_LEVEL = 1  # ISA-L's: nearly as small as zlib's level 4 in a tenth of the time
 GZIP_SHARE = 0.35  # of the uncompressed size: an estimate, until there are parts to tell
 KEPT = "free some disk space and run again; the finished parts stay, and it goes on with them"
 FILTERS = {None: {}, "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL}, "lzf": {"compression": "lzf"}}
@@ -106,7 +106,7 @@ class Parts:
 
     def __init__(self, output: Path, images: list[Path], compression: str | None, settings: dict):
         self.output, self.count, self.compression = Path(output), len(images), compression
-        self.folder = self.output.with_name(f"{self.output.name}.parts-{short_hash([settings, len(images), compression, PART])}")
+        self.folder = self.output.with_name(f"{self.output.name}.parts-{short_hash([settings, len(images), FILTERS[compression], PART])}")
         self.starts = list(range(0, self.count, PART))
         self.paths = {start: self.folder / f"{start:08d}-{short_hash([stamp(images[row]) for row in self.rows(start)])}.hdf5"
                       for start in self.starts}

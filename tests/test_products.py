@@ -23,6 +23,7 @@ def with_gradients(call, *shapes):
 CALLS = {"rows": (F.linear, (7, 33), (20, 33), (20,)), "without bias": (F.linear, (7, 33), (20, 33)),
          "maps": (F.linear, (3, 9, 33), (20, 33)), "one output": (F.linear, (64, 50), (1, 50), (1,)),
          "matrices": (lambda x, y: x @ y, (31, 64), (64, 5)), "transposed": (lambda x, y: x.T @ y.T, (64, 31), (5, 64)),
+         "a part of a bias": (lambda x, y, bias: F.linear(x, y, bias[::2]), (7, 33), (5, 33), (10,)),
          "a part": (lambda x, y: x @ y[:, 3:40], (31, 64), (64, 50)), "a part of rows": (lambda x, y: F.linear(x[:, :30], y[:, 4:34]), (8, 40), (6, 40)),
          "batches": (lambda x, y: x.transpose(1, 2) @ y, (4, 16, 9), (4, 16, 21)), "one of a batch": (torch.matmul, (1, 12, 9), (1, 9, 21))}
 
@@ -39,6 +40,21 @@ def test_values_and_gradients_are_torchs(case, monkeypatch):
     assert used
     for value, reference in zip(ours, expected, strict=True):
         torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_can_be_differentiated():
+    """As the plain gradient penalty does, score and penalty in one loss."""
+    def penalty(x, W, w):
+        x = x.detach().requires_grad_(True)
+        score = F.linear(F.leaky_relu(F.linear(x, W), 0.2), w).sum()
+        gradient, = torch.autograd.grad(score, x, create_graph=True)
+        return score + ((gradient.norm(dim=1) - 1) ** 2).mean()
+
+    shapes = (6, 33), (20, 33), (1, 20)
+    _, _, *expected = with_gradients(penalty, *shapes)
+    with FastProducts():
+        _, _, *ours = with_gradients(penalty, *shapes)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("call", [
