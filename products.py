@@ -46,14 +46,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor | None:
-    """x @ y of a matrix, or rows of any shape, and a matrix; or of as many matrices each, one after the other."""
-    if x.dim() == y.dim() == 3 and len(x) == len(y):
-        products = [OneDNNLinear.apply(a, b.T, None)[None] for a, b in zip(x, y)]
-        return products[0] if len(products) == 1 else torch.cat(products)
+    """x @ y of a matrix, or rows of any shape, and a matrix; or of a batch of one and another."""
+    if x.dim() == y.dim() == 3 and len(x) == len(y) == 1:
+        return linear(x[0], y[0].T)[None]
     return linear(x, y.T) if y.dim() == 2 else None
 
 
-PRODUCTS = {F.linear: linear, torch.matmul: matmul, Tensor.matmul: matmul, Tensor.__matmul__: matmul}
+PRODUCTS = {F.linear: linear, Tensor.matmul: matmul}  # Tensor.matmul is what `@` calls
 
 
 class FastProducts(TorchFunctionMode):

@@ -25,7 +25,7 @@ CALLS = {"rows": (F.linear, (7, 33), (20, 33), (20,)), "without bias": (F.linear
          "matrices": (lambda x, y: x @ y, (31, 64), (64, 5)), "transposed": (lambda x, y: x.T @ y.T, (64, 31), (5, 64)),
          "a part of a bias": (lambda x, y, bias: F.linear(x, y, bias[::2]), (7, 33), (5, 33), (10,)),
          "a part": (lambda x, y: x @ y[:, 3:40], (31, 64), (64, 50)), "a part of rows": (lambda x, y: F.linear(x[:, :30], y[:, 4:34]), (8, 40), (6, 40)),
-         "batches": (lambda x, y: x.transpose(1, 2) @ y, (4, 16, 9), (4, 16, 21)), "one of a batch": (torch.matmul, (1, 12, 9), (1, 9, 21))}
+         "a batch of one": (lambda x, y: x.transpose(1, 2) @ y, (1, 16, 9), (1, 16, 21))}
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -61,6 +61,7 @@ def test_gradients_can_be_differentiated():
     lambda: torch.ones(3, 4).double() @ torch.ones(4, 2).double(), lambda: torch.ones(3, 4) @ torch.ones(4), lambda: torch.ones(4) @ torch.ones(4),
     lambda: torch.ones(0, 4) @ torch.ones(4, 2), lambda: torch.ones(2, 3, 4) @ torch.ones(4), lambda: torch.arange(4) @ torch.arange(4),
     lambda: torch.ones(2, 1, 3, 4) @ torch.ones(2, 5, 4, 3), lambda: torch.ones(1, 3, 4) @ torch.ones(5, 4, 3),
+    lambda: torch.ones(5, 3, 4) @ torch.ones(5, 4, 2),
     lambda: F.linear(torch.ones(4), torch.ones(3, 4), bias=torch.ones(3))])
 def test_other_products_are_torchs_own(call, monkeypatch):
     monkeypatch.setattr(products, "product", None)
