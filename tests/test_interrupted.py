@@ -130,12 +130,15 @@ def test_a_second_process_is_refused_while_the_first_works(server, toy_root, tmp
     while not list(output.parent.glob("*.parts-*/*.hdf5")):
         time.sleep(0.001)
     os.kill(first.process, signal.SIGSTOP)
-    before = sorted(output.parent.rglob("*"))
-    with pytest.raises(UserError, match="another process is making .*maps.hdf5 .*: wait for it, or stop it"):
-        preprocessing.main(["-d", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "-n", "0", "--data_root", str(toy_root),
-                            "--output", str(output)])
-    assert sorted(output.parent.rglob("*")) == before
-    os.kill(first.process, signal.SIGCONT)
+    try:
+        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in Path(f"/proc/{first.process}/task").glob("*/stat")):
+            time.sleep(0.001)  # its threads do not stop at once
+        before = sorted(output.parent.rglob("*"))
+        with pytest.raises(UserError, match="another process is making .*maps.hdf5 .*: wait for it, or stop it"):
+            preprocess(toy_root, output)
+        assert sorted(output.parent.rglob("*")) == before
+    finally:
+        os.kill(first.process, signal.SIGCONT)
     assert first.end()[0] == 0 and output.read_bytes() == whole[0]
 
 
