@@ -68,8 +68,8 @@ class LastMap(nn.Module):
     def forward(self, images):
         return self.network(images)["map"]
 
-    def fold_batch_norm(self):
-        """See the function `fold_batch_norm`."""
+    def fold(self):
+        """See the function `fold`."""
         self.network = fuse(self.network, inplace=True, no_trace=True)
         for block in self.network.modules():
             if isinstance(block, nn.Sequential):  # the graph takes torchvision's conv-norm-activation blocks for single nodes
@@ -90,11 +90,14 @@ class EfficientNetLiteMap(nn.Module):
     def forward(self, images):
         return self.network.extract_features(images)
 
-    def fold_batch_norm(self):
-        """See the function `fold_batch_norm`."""
+    def fold(self):
+        """See the function `fold`."""
         pairs = (("_conv_stem", "_bn0"), ("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"), ("_conv_head", "_bn1"))
         for block in (self.network, *self.network._blocks):
             fold_pairs(block, pairs)
+            for name, conv in block.named_children():
+                if isinstance(getattr(conv, "static_padding", None), nn.ZeroPad2d):
+                    setattr(block, name, fold_padding(conv))
             block._swish.inplace = True
 
 
@@ -106,12 +109,25 @@ def fold_pairs(block: nn.Module, pairs):
             setattr(block, norm, nn.Identity())
 
 
-def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """A backbone in eval mode with its batch normalisations folded into the convolutions before them, in place.
+def fold_padding(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution that has its input padded by zeros first, a copy of the input, as one that pads it itself: the same numbers.
 
-    They are affine there, so the maps are the same but for rounding (to 1e-5 of their norm); each was a pass over memory of its own.
+    Where fewer are due before than after it, the kernel starts with as many rows or columns of zeros.
     """
-    network.fold_batch_norm()
+    left, right, top, bottom = conv.static_padding.padding
+    kernel = nn.functional.pad(conv.weight, (right - left, 0, bottom - top, 0))
+    folded = nn.Conv2d(conv.in_channels, conv.out_channels, kernel.shape[2:], conv.stride, (bottom, right),
+                       groups=conv.groups, bias=conv.bias is not None)
+    folded.weight, folded.bias = nn.Parameter(kernel), conv.bias
+    return folded
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """A backbone in eval mode with its batch normalisations, and padding by zeros, folded into the convolutions, in place.
+
+    The normalisations are affine there, so the maps are the same but for rounding (to 1e-5 of their norm); each was a pass over memory of its own.
+    """
+    network.fold()
     return network.eval().requires_grad_(False)
 
 

@@ -26,14 +26,14 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import OFFLINE, Pixels, build_backbone, fold_batch_norm, image_transform, read_image
+from backbones import OFFLINE, Pixels, build_backbone, fold, image_transform, read_image
 from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, pick_device
 from w2v import attribute_vectors
 from writer import FILTERS, Parts, write_annotations
 from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
-DECODED_AT_ONCE = 4  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
+DECODED_AT_ONCE = 8  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
 AHEAD = 6  # batches that wait to be written, while a part is made safe on the disk
 
 
@@ -113,7 +113,7 @@ def forward(backbone, loaded, batch_size: int):
             maps = backbone(batch)
             if waiting is not None:
                 yield to_host(*waiting)
-            waiting = maps, torch.isfinite(maps).all()
+            waiting = maps, torch.isfinite(maps.sum())  # a sum is finite only where every term is
     if waiting is not None:
         yield to_host(*waiting)
 
@@ -286,7 +286,7 @@ def main(argv=None):
             with torch.inference_mode():
                 parts.prepare(network(torch.zeros(1, 3, options.img_size, options.img_size)).shape[1:])
         wait_for_all_ranks()
-        backbone = Backbone(pixels, fold_batch_norm(network), device, getattr(torch, options.precision), options.batch_size)
+        backbone = Backbone(pixels, fold(network), device, getattr(torch, options.precision), options.batch_size)
         try:
             speed = extract(backbone, images, parts, options)
         finally:

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, flags
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import train_joint
 from config import read_config
 from dataset import BalancedSampler
 from eggn import EGGN, draw_iteration
 from graphs import WARM_UP, GraphedIterations
-from model import global_classifier
+from model import SCEN, global_classifier
+from scen import distill_step, rmsprop, scen_step
 from util import UserError
 
 CONFIG = dataclasses.replace(read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {}), ngh=64, ndh=64, a1=0.5)
@@ -82,6 +84,24 @@ def test_a_graph_that_does_nothing_is_not_trusted():
         for tensor, value in zip(eggn.parameters(), before):
             tensor.copy_(value)
     assert not graphed.changed_alike(before, after)
+
+
+def test_no_step_waits_for_the_device(monkeypatch):
+    """On tensors without values whatever needs one, and so would wait for a GPU, is an error: .item(), an if, a boolean index."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda network, device: network)  # such tensors cannot be moved
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 6]).repeat(8)
+    sampler = BalancedSampler(y, 7)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scen, classifier = SCEN(torch.rand(11, 300), torch.rand(9, 11), 24, "avg"), global_classifier(24, 16, 9)
+        scen_step(scen, rmsprop(scen.parameters(), 1e-4, CONFIG), torch.rand(7, 16, 24), y[:7], torch.arange(7), CONFIG)
+        g, S = scen.embed(torch.rand(56, 16, 24))
+        distill_step(classifier, rmsprop(classifier.parameters(), 1e-4, CONFIG), g, S)
+        eggn = EGGN(24, torch.rand(9, 11), classifier, CONFIG).to("cpu")
+        for feedback in (False, True):
+            eggn.iterate(draw_iteration(eggn, g, y, sampler, torch.arange(7, 9)), feedback)
+        eggn.synthesize_classes(torch.arange(7, 9), 5)
+        with pytest.raises(DataDependentOutputException):
+            bool(g.sum() > 0)
 
 
 @needs_cuda

@@ -19,7 +19,7 @@ from torchvision import models, transforms
 
 import preprocessing
 import toy
-from backbones import Pixels, build_backbone, fold_batch_norm, image_transform
+from backbones import Pixels, build_backbone, fold, image_transform
 from dataset import open_features
 from preprocessing import Images
 from util import UserError, locked
@@ -123,7 +123,7 @@ def test_last_map_of_torchvision_networks(name, channels, side, tmp_path):
 
 @pytest.mark.parametrize("name", ["efficientnet_lite2", "resnet18", "densenet121", "mobilenet_v3_small", "efficientnet_b0", "googlenet", "vgg11_bn",
                                   "convnext_tiny", "shufflenet_v2_x0_5"])
-def test_folding_batch_norm_changes_maps_by_rounding_alone(name, tmp_path):
+def test_folding_changes_maps_by_rounding_alone(name, tmp_path):
     torch.manual_seed(0)
     weights = None
     if name != "efficientnet_lite2":
@@ -137,10 +137,11 @@ def test_folding_batch_norm_changes_maps_by_rounding_alone(name, tmp_path):
     backbone, images = build_backbone(name, weights, 64)[0], torch.randn(2, 3, 64, 64)
     plain = backbone(images)
     norms = sum(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
-    folded = fold_batch_norm(backbone)(images)
+    folded = fold(backbone)(images)
     assert (folded - plain).norm() <= 1e-5 * plain.norm()
     left = sum(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules())
     assert left < norms or name == "convnext_tiny"  # which has none
+    assert not any(isinstance(module, torch.nn.ZeroPad2d) for module in backbone.modules())  # nor a padding of its own
     assert not any(module.training for module in backbone.modules()) and not any(p.requires_grad for p in backbone.parameters())
 
 
