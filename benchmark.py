@@ -32,10 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import OFFLINE, Pixels, build_backbone, fold, image_transform
 from config import read_config
-from dataset import Features, normalize_positions, open_features
+from dataset import Features, normalize_positions, open_features, read_chunks, read_rows
 from eggn import EGGN
 from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
+from graphs import WARM_UP, GraphedIterations
 from model import SCEN, global_classifier
 from preprocessing import DECODED_AT_ONCE, Backbone, Images, default_workers, extract
 from products import fast_products
@@ -165,10 +166,21 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
         x = literal.dense_features(scen, bench.raw)[0].clamp(0, 1) if encode else bench.x[T]
         step(x, bench.y[T], draws["eps"][T], draws["unseen"], draws["noise"], False)
 
+    def literal_iteration(encode):
+        literal_critic(encode)
+        generator(literal_generator, encode)
+
+    whole_draw = (bench.x[:T], bench.y[:T], draws["eps"][:T], draws["alpha"], bench.x[T], bench.y[T], draws["eps"][T], draws["unseen"], draws["noise"])
+    iterate = eggn.iterate
+    if bench.device.type == "cuda":
+        iterate = GraphedIterations(eggn)
+        for _ in range(WARM_UP + 1):  # the last one is captured
+            iterate(whole_draw, False)
     oracle = lambda call: call if literal else None
     critic_rows = dict(unit="step", units=T, flop=T * critic_flop(s, config), bytes=T * 28.0 * s.D * (config.ndh + config.ngh))
     generator_rows = dict(unit="step", flop=generator_flop(s, config), bytes=28.0 * s.D * 3 * config.ngh)
     literal_generator = lambda *draw: literal.generator_step(plain_eggn, *draw)
+    iteration_rows = dict(unit="step", flop=critic_rows["flop"] + generator_rows["flop"], bytes=critic_rows["bytes"] + generator_rows["bytes"])
     return [
         Stage("SCEN step", lambda: scen_step(scen, bench.optimizer, bench.maps, bench.labels, bench.seen, config), "image", s.B,
               scen_flop(s), 4 * maps_bytes, oracle(literal_scen)),
@@ -185,6 +197,8 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
               literal=oracle(lambda: generator(literal_generator)), **generator_rows),
         Stage("generator step, re-encoding counted", lambda: generator(eggn.generator_step),
               literal=oracle(lambda: generator(literal_generator, True)), **generator_rows),
+        Stage("EGGN iteration, cached features", lambda: iterate(whole_draw, False), literal=oracle(lambda: literal_iteration(False)), **iteration_rows),
+        Stage("EGGN iteration, re-encoding counted", lambda: iterate(whole_draw, False), literal=oracle(lambda: literal_iteration(True)), **iteration_rows),
     ]
 
 
@@ -220,8 +234,7 @@ def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
 
     def read(compression):
         with h5py.File(folder / f"{compression}.hdf5") as file:
-            for index in range(count):
-                file["feature_map"][index]
+            (read_chunks if compression == "gzip" else read_rows)(file["feature_map"], np.arange(count), np.empty_like(maps))
 
     return [Stage(f"HDF5 {name}, {compression or 'plain'}", partial(call, compression), "image", count, bytes=float(maps.nbytes))
             for compression in FILTERS for name, call in (("write", write), ("read", read))]
@@ -229,9 +242,9 @@ def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
 
 def backbone_stage(device: torch.device, img_size: int) -> Stage:
     """The offline backbone's forward pass, images already on the device."""
-    backbone = fold(build_backbone(OFFLINE, None, img_size)[0]).to(device, memory_format=torch.channels_last)
-    images = torch.randn(4 if device.type == "cpu" else 64, 3, img_size, img_size, device=device)
-    images = images.to(memory_format=torch.channels_last)
+    at_once = 4 if device.type == "cpu" else 64
+    backbone = Backbone(Pixels(OFFLINE), fold(build_backbone(OFFLINE, None, img_size)[0]), device, torch.float32, at_once)
+    images = torch.randint(256, (at_once, 3, img_size, img_size), dtype=torch.uint8, device=device)
 
     def run():
         with torch.inference_mode():
@@ -299,7 +312,7 @@ def whole_run(command: list[str]) -> dict:
 def preprocessing_run(options, device: torch.device, images: int = 512) -> dict:
     """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images.
 
-    The bare backbone is timed as preprocessing.py runs it (batch normalisation folded) and as its package gives it.
+    The bare backbone is timed as preprocessing.py runs it (batch normalisation and padding folded) and as its package gives it.
     """
     backbones, at_once = {}, 64 if device.type == "cuda" else 4
     for name in ("packaged", "bare"):
@@ -310,6 +323,8 @@ def preprocessing_run(options, device: torch.device, images: int = 512) -> dict:
     paths = [options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]]
     photographs = Images(paths, image_transform(448), loading.num_workers)
     decoded = [torch.stack(photographs.__getitems__(piece)) for piece in torch.arange(images).split(at_once)]
+    if device.type == "cuda":  # as the loader hands them over
+        decoded = [batch.pin_memory() for batch in decoded]
 
     def forward(name):
         with torch.inference_mode():

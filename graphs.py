@@ -17,13 +17,13 @@ class GraphedIterations:
 
     def __init__(self, eggn: EGGN):
         self.eggn = eggn
-        self.seen = {False: 0, True: 0}  # iterations without and with feedback: each has a graph of its own
+        self.calls = {False: 0, True: 0}  # iterations without and with feedback: each has a graph of its own
         self.graphs = {}
 
     def __call__(self, draws: tuple[Tensor, ...], feedback: bool) -> Tensor:
         """One iteration; returns its losses."""
-        self.seen[feedback] += 1
-        if self.seen[feedback] <= WARM_UP:
+        self.calls[feedback] += 1
+        if self.calls[feedback] <= WARM_UP:
             return self.eggn.iterate(draws, feedback)
         if feedback not in self.graphs:
             return self.capture(draws, feedback)

@@ -84,6 +84,7 @@ class Backbone:
     def __init__(self, pixels: Pixels, network, device: torch.device, precision: torch.dtype, at_once: int):
         self.pixels, self.network = pixels.to(device), network.to(device, memory_format=torch.channels_last)
         self.device, self.precision, self.at_once = device, precision, at_once
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32: cuDNN would use TF32 unasked
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         while True:
@@ -99,7 +100,26 @@ class Backbone:
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         images = self.pixels(images.to(self.device, non_blocking=True, memory_format=torch.channels_last))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            return self.network(images).float()
+            return self.network(images).float().contiguous()  # in the file's order, of which a GPU makes less work than the host
+
+
+class Sent:
+    """Maps (B, D, h, w) on their way from the device to the host: the copy begins when the backbone is done with them."""
+
+    def __init__(self, maps: torch.Tensor):
+        finite = torch.isfinite(maps.sum())  # a sum is finite only where every term is
+        self.maps, self.finite = (tensor.to("cpu", non_blocking=True) for tensor in (maps, finite))
+        self.arrival = torch.cuda.Event() if maps.is_cuda else None
+        if self.arrival:
+            self.arrival.record()
+
+    def arrived(self) -> np.ndarray:
+        """The maps, once they are there; raises UserError if one is not finite."""
+        if self.arrival:
+            self.arrival.synchronize()
+        if not self.finite:
+            raise UserError("the backbone gave NaN or infinity: are --weights the right ones?")
+        return self.maps.numpy()
 
 
 @torch.inference_mode()
@@ -110,12 +130,12 @@ def forward(backbone, loaded, batch_size: int):
         if isinstance(images, Unreadable):
             raise UserError(images)
         for batch in images.split(batch_size):
-            maps = backbone(batch)
+            sent = Sent(backbone(batch))
             if waiting is not None:
-                yield to_host(*waiting)
-            waiting = maps, torch.isfinite(maps.sum())  # a sum is finite only where every term is
+                yield waiting.arrived()
+            waiting = sent
     if waiting is not None:
-        yield to_host(*waiting)
+        yield waiting.arrived()
 
 
 def hand_over(batches, make, writer: ThreadPoolExecutor) -> Future:
@@ -145,13 +165,6 @@ def hand_over(batches, make, writer: ThreadPoolExecutor) -> Future:
     return made
 
 
-def to_host(maps: torch.Tensor, finite: torch.Tensor) -> np.ndarray:
-    """Maps (B, D, h, w) as an array; raises UserError unless `finite` (a scalar on the device) is true."""
-    if not finite:
-        raise UserError("the backbone gave NaN or infinity: are --weights the right ones?")
-    return maps.cpu().contiguous().numpy()
-
-
 def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
     todo = parts.missing(*rank_of_ranks())
@@ -159,8 +172,6 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     loads = [list(parts.rows(start))[at:at + at_once] for start in todo for at in range(0, len(parts.rows(start)), at_once)]
     loader = DataLoader(images, batch_sampler=loads, num_workers=options.num_workers, collate_fn=collate,
                         pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
-    # float32 means float32: cuDNN would use TF32 unasked
-    torch.backends.cudnn.allow_tf32 = False
     count, began = sum(map(len, loads)), time.perf_counter()
     if count < len(images):
         print(f"{len(images) - count} of {len(images)} images are done already"
@@ -223,9 +234,12 @@ def wait_for_all_ranks():
 
 
 def default_workers(device: torch.device) -> int:
-    """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself."""
-    cores = os.cpu_count() or 1
-    return min(8, cores if device.type == "cuda" else cores // 4)
+    """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself.
+
+    The ranks of a `torchrun` on one machine share its cores.
+    """
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(8, max(cores, 1) if device.type == "cuda" else cores // 4)
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

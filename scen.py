@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from config import Config
-from dataset import BalancedSampler, FeatureMaps
+from dataset import BalancedSampler
+from maps import FeatureMaps
 from model import SCEN
 from util import UserError, seed_stream
 

@@ -1,12 +1,15 @@
 """The stages of a run, one after the other, on one split: SCEN, embedding, distillation, EGGN with its evaluations."""
+import math
+
 import torch
 
 from checkpoint import Checkpoint
 from config import Config
-from dataset import BalancedSampler, FeatureMaps, Features, Place
+from dataset import BalancedSampler, Features
 from eggn import EGGN, LOSSES, draw_iteration
 from evaluation import Metrics, area_under, evaluate, logits_metrics, seen_unseen_curve
 from graphs import GraphedIterations
+from maps import FeatureMaps, Place
 from model import SCEN, Scaler, global_classifier
 from protocol import Selection
 from report import describe
@@ -46,11 +49,15 @@ class Training:
         self.fit_eggn()
 
     def load_maps(self) -> dict[str, FeatureMaps]:
-        """The feature maps of each split: trainval where stage 1 draws from it, the others streamed."""
+        """The feature maps of each split: trainval where SCEN's steps draw from it, what is only passed through once streamed."""
         if self.maps is None:
+            places = dict.fromkeys(SPLITS, Place("none"))
+            if self.checkpoint.steps_done("scen") < self.config.scen_iterations or self.config.scen_schedule == "joint":
+                places["trainval"] = self.place
+                size = 4e-9 * len(self.split.trainval) * math.prod(self.features.shape)
+                print(f"{self.checkpoint.phase}feature maps of trainval, {size:.2f} GB: kept {self.place}", flush=True)
             with self.checkpoint.timed(f"{self.checkpoint.phase}read"):
-                self.maps = {name: FeatureMaps(self.features, getattr(self.split, name), self.device,
-                                               self.place if name == "trainval" else Place("none")) for name in SPLITS}
+                self.maps = {name: FeatureMaps(self.features, getattr(self.split, name), self.device, place) for name, place in places.items()}
         return self.maps
 
     def fit_scen(self):

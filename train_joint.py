@@ -16,8 +16,9 @@ import torch
 
 from checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
 from config import Config, parse_flags, read_config
-from dataset import Features, Place, choose_place, open_features
+from dataset import Features, open_features
 from logs import Run, folder_to_resume, git_commit, new_folder, wandb_mode
+from maps import Place, choose_place
 from products import fast_products
 from protocol import present, validation_split
 from report import result_rows, result_table, results, save_curve
@@ -119,11 +120,9 @@ def made_features(dataset: str, backbone: str) -> Path:
 
 
 def place_of_maps(features: Features, device: torch.device, cache: str) -> Place:
-    """Where trainval's feature maps are to be kept, printed."""
+    """Where trainval's feature maps are to be kept while stage 1 draws from them."""
     size = len(features.split.trainval) * math.prod(features.shape) * 4
-    place = choose_place(size, device, features.path.parent, features.compressed, cache)
-    print(f"feature maps of trainval, {size / 1e9:.2f} GB: kept {place}")
-    return place
+    return choose_place(size, device, features.path.parent, features.compressed, cache)
 
 
 def resume_command(folder: Path, options) -> str:
@@ -163,7 +162,7 @@ def main(dataset: str, config_name: str, argv=None):
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="its xlsa17 split, if there, must be the features' own")
     parser.add_argument("--device", default=None, help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
     parser.add_argument("--cache", choices=("auto", "device", "ram", "disk", "none"), default="auto",
-                        help="where trainval's feature maps are kept (default: the fastest place that holds them)")
+                        help="where trainval's feature maps are kept (default: the fastest place that holds them; beside a CPU an uncompressed file itself)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     parser.add_argument("--resume", nargs="?", const="", default=None, metavar="RUN",
                         help="go on with this unfinished run, or with the last one of the dataset")

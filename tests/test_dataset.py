@@ -1,6 +1,8 @@
 """Readers: the official splits, what a damaged or foreign file is told, and class-balanced batches."""
 import dataclasses
+import math
 import shutil
+import zlib
 
 import h5py
 import numpy as np
@@ -10,7 +12,8 @@ import scipy.sparse
 import torch
 from conftest import feature_arrays, write_features
 
-from dataset import BalancedSampler, FeatureMaps, Place, choose_place, normalize_positions, open_features
+from dataset import BalancedSampler, normalize_positions, open_features
+from maps import FeatureMaps, Place, available_ram, choose_place
 from util import UserError
 from xlsa17 import LAYOUTS, check_split, class_table, image_tail, read_dataset, read_split
 
@@ -139,6 +142,34 @@ def test_nan_in_a_map_is_found_when_it_is_read(tmp_path):
         features.read(np.arange(10, 20))
 
 
+def gzip_features(path, chunk=None, mask=0):
+    """The small feature file with its maps as gzip chunks, an image each; `chunk`, with its filter mask, in place of image 3's."""
+    arrays = feature_arrays()
+    maps = arrays.pop("feature_map")
+    write_features(path, arrays)
+    with h5py.File(path, "a") as file:
+        target = file.create_dataset("feature_map", data=maps, chunks=(1, *maps.shape[1:]), compression="gzip")
+        if chunk is not None:
+            target.id.write_direct_chunk((3, 0, 0, 0), chunk, mask)
+    return maps
+
+
+def test_gzip_chunks_are_read_as_hdf5_reads_them(tmp_path):
+    maps = gzip_features(tmp_path / "f.hdf5")
+    features = open_features(tmp_path / "f.hdf5")
+    assert features.chunked and np.array_equal(features.raw(np.arange(len(maps))[::-1]), maps[::-1])
+    plain = maps[5].tobytes()  # a chunk that HDF5 left as it was, since gzip gained nothing
+    gzip_features(tmp_path / "f.hdf5", plain, mask=1)
+    assert np.array_equal(open_features(tmp_path / "f.hdf5").raw(np.array([3, 4])), maps[[5, 4]])
+
+
+@pytest.mark.parametrize("chunk", [b"no gzip at all", zlib.compress(b"too short"), zlib.compress(bytes(10**7)), zlib.compress(bytes(4096))[:9]])
+def test_damaged_gzip_chunks_and_bombs_are_refused(tmp_path, chunk):
+    gzip_features(tmp_path / "f.hdf5", chunk)
+    with pytest.raises(UserError, match="damaged"):
+        open_features(tmp_path / "f.hdf5").raw(np.array([2, 3]))
+
+
 def test_overlapping_split_check_names_the_file(features):
     split = open_features(features).split
     with pytest.raises(UserError, match="some.mat: trainval_loc and test_unseen_loc share"):
@@ -191,7 +222,7 @@ def test_maps_are_the_files(features, where):
 def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     """RAM if half of what is free holds the maps, else the disk if they fit, else nowhere; a place asked for must hold them."""
     cpu, free = torch.device("cpu"), shutil.disk_usage(tmp_path).free
-    monkeypatch.setattr("dataset.available_ram", lambda: 1000)
+    monkeypatch.setattr("maps.available_ram", lambda: 1000)
     assert choose_place(400, cpu, tmp_path, True) == Place("ram") and choose_place(600, cpu, tmp_path, True) == Place("disk")
     assert choose_place(2 * free, cpu, tmp_path, True) == Place("none") == choose_place(1, cpu, tmp_path, True, "none")
     assert choose_place(400, cpu, tmp_path, False) == Place("none") and choose_place(600, cpu, tmp_path, False, "ram") == Place("ram")
@@ -201,6 +232,21 @@ def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     with open(tmp_path / "of.hdf5.1.cache", "wb") as file:
         file.truncate(2 * free)  # a sparse file
     assert choose_place(2 * free, cpu, tmp_path, True, "disk") == Place("disk")  # what is there needs no room
+
+
+def test_free_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
+    """RAM is chosen by what the container has left, where there is one; where nothing tells, only what asks for it by name."""
+    files = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
+    monkeypatch.setattr("maps.Path", lambda path: files[path])
+    assert math.isnan(available_ram())
+    files["/proc/meminfo"].write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.stat").write_text("anon 3000\nfile 4000\n")
+    assert available_ram() == 8192
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert available_ram() == 2000
+    monkeypatch.setattr("maps.available_ram", lambda: math.nan)
+    assert choose_place(1000, torch.device("cpu"), tmp_path, compressed=True, cache="ram") == Place("ram")
 
 
 def test_the_disk_cache_is_made_once_and_again_for_a_changed_file(features):

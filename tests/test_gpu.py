@@ -108,7 +108,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
 def test_graphs_keep_the_numbers():
     plain, plain_losses, _ = trained(40, "cuda", graphed=False)
     graphed, losses, iterate = trained(40, "cuda", graphed=True)
-    assert all(iterate.graphs.values()) and iterate.seen[True] > WARM_UP
+    assert all(iterate.graphs.values()) and iterate.calls[True] > WARM_UP
     torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=1e-4)
     for name, tensor in plain.state_dict().items():
         torch.testing.assert_close(graphed.state_dict()[name], tensor, rtol=1e-2, atol=1e-3)

@@ -21,7 +21,8 @@ import preprocessing
 import toy
 import util
 from backbones import Pixels
-from dataset import FlatCache, open_features
+from dataset import open_features
+from maps import FlatCache
 from preprocessing import Backbone
 from util import UserError, atomic_path, locked
 from writer import Parts, create_maps
