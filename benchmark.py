@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones import OFFLINE, Pixels, build_backbone, fold, image_transform
 from config import read_config
-from dataset import Features, normalize_positions, open_features, read_chunks, read_rows
+from dataset import Features, normalize_positions, open_features, read_maps
 from eggn import EGGN
 from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
@@ -234,7 +234,7 @@ def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
 
     def read(compression):
         with h5py.File(folder / f"{compression}.hdf5") as file:
-            (read_chunks if compression == "gzip" else read_rows)(file["feature_map"], np.arange(count), np.empty_like(maps))
+            read_maps(file["feature_map"], np.arange(count), np.empty_like(maps))
 
     return [Stage(f"HDF5 {name}, {compression or 'plain'}", partial(call, compression), "image", count, bytes=float(maps.nbytes))
             for compression in FILTERS for name, call in (("write", write), ("read", read))]

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from util import UserError, save_tensors
 
 # what the numbers of a run depend on: a checkpoint of other code is refused
-CODE = ("util.py", "xlsa17.py", "config.py", "checkpoint.py", "products.py", "model.py", "dataset.py", "maps.py", "scen.py", "eggn.py", "graphs.py", "evaluation.py",
-        "protocol.py", "stages.py", "train_joint.py")
+CODE = ("util.py", "xlsa17.py", "config.py", "checkpoint.py", "products.py", "model.py", "dataset.py", "maps.py", "scen.py", "eggn.py", "graphs.py",
+        "evaluation.py", "protocol.py", "stages.py", "train_joint.py")
 
 
 class Stopped(Exception):

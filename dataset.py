@@ -46,24 +46,27 @@ def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class Features:
     """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w) of a map;
-    chunked: whether every map is one chunk of gzip and nothing else; image_files (N), where the file says them."""
+    image_files (N), where the file says them."""
     path: Path
     split: Split
     w2v: np.ndarray
     shape: tuple[int, int, int]
     compressed: bool
-    chunked: bool
     class_names: list[str]
     attribute_names: list[str]
     image_files: list[str] | None
     provenance: dict
+
+    def size(self, images: int) -> int:
+        """Bytes of so many maps in float32."""
+        return 4 * images * math.prod(self.shape)
 
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file. Raises UserError for damaged data."""
         maps = np.empty((len(indices), *self.shape), np.float32)
         try:
             with h5py.File(self.path, "r") as file:
-                (read_chunks if self.chunked else read_rows)(file["feature_map"], indices, maps)
+                read_maps(file["feature_map"], indices, maps)
         except DAMAGE as error:
             raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
         return torch.from_numpy(maps)
@@ -92,8 +95,10 @@ class Features:
         return means
 
 
-def read_rows(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """The rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w), as HDF5 reads them."""
+def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
+    """The rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32. Raises what DAMAGE lists over damaged bytes."""
+    if gzip_chunks(dataset):
+        return unpack_chunks(dataset, indices, maps)
     for row, index in enumerate(indices):
         dataset.read_direct(maps[row], np.s_[int(index)])
 
@@ -105,8 +110,8 @@ def gzip_chunks(dataset: h5py.Dataset) -> bool:
             and filters.get_filter(0)[0] == h5py.h5z.FILTER_DEFLATE)
 
 
-def read_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """`read_rows` where `gzip_chunks` is true: ISA-L unpacks in threads, HDF5's own zlib would in one, and takes twice as long."""
+def unpack_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
+    """`read_maps` where `gzip_chunks` is true: ISA-L unpacks in threads, HDF5's own zlib would in one, and takes longer for each."""
     def unpack(row, filters_left_out, chunk):
         if not filters_left_out:  # HDF5 leaves gzip out where it gains nothing
             stream = isal_zlib.decompressobj()
@@ -217,7 +222,7 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
     if provenance.get("split_fingerprint", split.fingerprint) != split.fingerprint:
         raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
                         f"{provenance['split_fingerprint']}: it was changed afterwards; run preprocessing.py again")
-    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None, gzip_chunks(maps),
+    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None,
                     texts("allclasses_names", len(att), "class"), texts("attribute_names", len(w2v), "attribute"),
                     texts("image_files", len(labels), None), provenance)
 

@@ -78,11 +78,11 @@ class FlatCache:
     def __init__(self, features: Features, indices: np.ndarray, progress, pinned: bool = False):
         D, h, w = features.shape
         self.shape = (h * w, D)
-        self.image_bytes = 4 * D * h * w
+        self.image_bytes = features.size(1)
         stat = features.path.stat()
         made_from = repr((stat.st_size, stat.st_mtime_ns, features.split.fingerprint)).encode() + indices.tobytes()
         self.path = features.path.with_name(f"{features.path.name}.{hashlib.sha256(made_from).hexdigest()[:12]}.cache")
-        self.size = len(indices) * self.image_bytes
+        self.size = features.size(len(indices))
         if not self.is_whole():
             with locked(self.path.with_name(f".{self.path.name}.lock"), f"writing {self.path}", wait=True):
                 if not self.is_whole():  # whoever held the lock may have written it

@@ -1,6 +1,4 @@
 """The stages of a run, one after the other, on one split: SCEN, embedding, distillation, EGGN with its evaluations."""
-import math
-
 import torch
 
 from checkpoint import Checkpoint
@@ -54,8 +52,8 @@ class Training:
             places = dict.fromkeys(SPLITS, Place("none"))
             if self.checkpoint.steps_done("scen") < self.config.scen_iterations or self.config.scen_schedule == "joint":
                 places["trainval"] = self.place
-                size = 4e-9 * len(self.split.trainval) * math.prod(self.features.shape)
-                print(f"{self.checkpoint.phase}feature maps of trainval, {size:.2f} GB: kept {self.place}", flush=True)
+                size = self.features.size(len(self.split.trainval))
+                print(f"{self.checkpoint.phase}feature maps of trainval, {size / 1e9:.2f} GB: kept {self.place}", flush=True)
             with self.checkpoint.timed(f"{self.checkpoint.phase}read"):
                 self.maps = {name: FeatureMaps(self.features, getattr(self.split, name), self.device, place) for name, place in places.items()}
         return self.maps

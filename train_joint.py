@@ -6,7 +6,6 @@
 """
 import contextlib
 import dataclasses
-import math
 import os
 import shlex
 import sys
@@ -121,8 +120,7 @@ def made_features(dataset: str, backbone: str) -> Path:
 
 def place_of_maps(features: Features, device: torch.device, cache: str) -> Place:
     """Where trainval's feature maps are to be kept while stage 1 draws from them."""
-    size = len(features.split.trainval) * math.prod(features.shape) * 4
-    return choose_place(size, device, features.path.parent, features.compressed, cache)
+    return choose_place(features.size(len(features.split.trainval)), device, features.path.parent, features.compressed, cache)
 
 
 def resume_command(folder: Path, options) -> str:
