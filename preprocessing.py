@@ -34,7 +34,7 @@ from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
 DECODED_AT_ONCE = 8  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
-AHEAD = 6  # batches that wait to be written, while a part is made safe on the disk
+AHEAD = 6  # loads whose maps wait to be written, while a part is made safe on the disk
 
 
 class Unreadable(str):
@@ -66,8 +66,9 @@ class Images(Dataset):
 
 
 def collate(items):
-    """A batch (B, 3, S, S), or the first Unreadable among its images."""
-    return next((item for item in items if isinstance(item, Unreadable)), None) or torch.stack(items)
+    """A batch (B, 3, S, S), channels last as Pillow's images are, or the first Unreadable among its images."""
+    unreadable = next((item for item in items if isinstance(item, Unreadable)), None)
+    return unreadable or torch.stack([item.permute(1, 2, 0) for item in items]).permute(0, 3, 1, 2)
 
 
 def check_images(root: Path, tails: list[str]):
@@ -124,30 +125,33 @@ class Sent:
 
 @torch.inference_mode()
 def forward(backbone, loaded, batch_size: int):
-    """Maps (batch_size, D, h, w) float32 on the host of the loaded images; the device already works on the next ones meanwhile."""
-    waiting = None
+    """For each load of images its maps on the host, a list of (batch_size, D, h, w) float32.
+
+    A GPU has its work on the next load by then. On a CPU the next load is decoded meanwhile, so that whatever is made of the
+    maps runs beside that and not beside the backbone, each of whose layers would wait for the thread that lost its core.
+    """
+    waiting = []
     for images in loaded:
         if isinstance(images, Unreadable):
             raise UserError(images)
-        for batch in images.split(batch_size):
-            sent = Sent(backbone(batch))
-            if waiting is not None:
-                yield waiting.arrived()
-            waiting = sent
-    if waiting is not None:
-        yield waiting.arrived()
+        sent = [Sent(backbone(batch)) for batch in images.split(batch_size)]
+        if waiting:
+            yield [maps.arrived() for maps in waiting]
+        waiting = sent
+    if waiting:
+        yield [maps.arrived() for maps in waiting]
 
 
-def hand_over(batches, make, writer: ThreadPoolExecutor) -> Future:
-    """Have `make(iterator)` use up `batches` in the thread of `writer`, at most AHEAD behind: the backbone does not wait for the disk.
+def hand_over(loads, make, writer: ThreadPoolExecutor) -> Future:
+    """Have `make(iterator)` use up the batches of `loads` in the thread of `writer`, at most AHEAD behind: the backbone does not wait for the disk.
 
     Returns what becomes of `make`, which may still be at work. Raises what it raised, if it ended early.
     """
     handed = Queue(AHEAD)
 
     def received():
-        while (batch := handed.get()) is not None:
-            yield batch
+        while (load := handed.get()) is not None:
+            yield from load
 
     made = writer.submit(make, received())
 
@@ -158,8 +162,8 @@ def hand_over(batches, make, writer: ThreadPoolExecutor) -> Future:
         made.result()
 
     try:
-        for batch in batches:
-            put(batch)
+        for load in loads:
+            put(load)
     finally:
         put(None)
     return made
@@ -182,8 +186,8 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
             for start in todo:
                 while made and (len(made) > 1 or made[0].done()):
                     made.popleft().result()
-                batches_of_part = -(-len(parts.rows(start)) // options.batch_size)
-                made.append(hand_over(progressing(bar, maps, batches_of_part), partial(parts.make, start), writer))
+                loads_of_part = -(-len(parts.rows(start)) // at_once)
+                made.append(hand_over(progressing(bar, maps, loads_of_part), partial(parts.make, start), writer))
             while made:
                 made.popleft().result()
         except RuntimeError as error:
@@ -193,11 +197,11 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     return count / (time.perf_counter() - began)
 
 
-def progressing(bar: tqdm, maps, batches: int):
-    """The next `batches` batches of `maps`, counted on the bar."""
-    for batch in islice(maps, batches):
-        yield batch
-        bar.update(len(batch))
+def progressing(bar: tqdm, maps, loads: int):
+    """The maps of the next `loads` loads, counted on the bar."""
+    for load in islice(maps, loads):
+        yield load
+        bar.update(sum(map(len, load)))
 
 
 def rank_of_ranks() -> tuple[int, int]:

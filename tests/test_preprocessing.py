@@ -79,6 +79,14 @@ def test_maps_are_the_backbones_in_the_order_of_the_mat_file(toy_root, plain):
             np.testing.assert_allclose(file["feature_map"][index], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (448, 448), (448, 700), (31, 1500), (1500, 31), (641, 97), (1, 50), (2001, 1333)])
+def test_resizing_and_cropping_are_torchvisions_bit_for_bit(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    for side in (224, 448, 65):
+        expected = transforms.Compose([transforms.Resize(side), transforms.CenterCrop(side), transforms.PILToTensor()])(image)
+        assert torch.equal(image_transform(side)(image), expected)
+
+
 def test_pixels_are_torchvisions_bit_for_bit():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
     expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])(image)
