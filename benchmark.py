@@ -36,11 +36,11 @@ from dataset import Features, normalize_positions, open_features, read_maps
 from eggn import EGGN
 from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
-from graphs import WARM_UP, GraphedIterations
+from graphs import WARM_UP, graphed
 from model import SCEN, global_classifier
 from preprocessing import DECODED_AT_ONCE, Backbone, Images, default_workers, extract
 from products import fast_products
-from scen import Embedding, distill_step, rmsprop, scen_step
+from scen import Embedding, classifier_step, rmsprop, scen_step
 from train_joint import CONFIGS
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
 from writer import FILTERS, MapWriter, Parts, create_maps
@@ -137,6 +137,14 @@ class Workbench:
         self.scen.gen.scaler.fit(self.scen.embed(self.maps)[0])
 
 
+def as_trained(step, network, optimizers, *inputs) -> Callable:
+    """A call of a step as training makes it: on CUDA of its graph, which is captured here."""
+    step = graphed(step, network, optimizers)
+    for _ in range(WARM_UP + 1):  # the last one is captured
+        step(*inputs)
+    return partial(step, *inputs)
+
+
 def training_stages(bench: Workbench, literal) -> list[Stage]:
     """The stages of training; `literal` is the oracle module, or None."""
     s, config, eggn, draws, scen = bench.s, bench.config, bench.eggn, bench.draws, bench.scen
@@ -171,11 +179,8 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
         generator(literal_generator, encode)
 
     whole_draw = (bench.x[:T], bench.y[:T], draws["eps"][:T], draws["alpha"], bench.x[T], bench.y[T], draws["eps"][T], draws["unseen"], draws["noise"])
-    iterate = eggn.iterate
-    if bench.device.type == "cuda":
-        iterate = GraphedIterations(eggn)
-        for _ in range(WARM_UP + 1):  # the last one is captured
-            iterate(whole_draw, False)
+    iterate = as_trained(partial(eggn.iterate, feedback=False), eggn, eggn.optimizers.values(), *whole_draw)
+    distill = as_trained(partial(classifier_step, distilled, distill_optimizer), distilled, [distill_optimizer], bench.x[0], bench.S)
     oracle = lambda call: call if literal else None
     critic_rows = dict(unit="step", units=T, flop=T * critic_flop(s, config), bytes=T * 28.0 * s.D * (config.ndh + config.ngh))
     generator_rows = dict(unit="step", flop=generator_flop(s, config), bytes=28.0 * s.D * 3 * config.ngh)
@@ -187,18 +192,18 @@ def training_stages(bench: Workbench, literal) -> list[Stage]:
         Stage("dense-feature pass", lambda: scen.embed(bench.maps), "image", s.B,
               linear_flop(s.B * R, s.D, 2 * s.K, 1) + linear_flop(s.B, R, s.D, 1), 2 * maps_bytes,
               oracle(lambda: literal.dense_features(scen, bench.raw))),
-        Stage("distillation step", lambda: distill_step(distilled, distill_optimizer, bench.x[0], bench.S), "step", 1,
+        Stage("distillation step", distill, "step", 1,
               linear_flop(s.B, s.D, config.distill_hidden, 2) + linear_flop(s.B, config.distill_hidden, s.C, 3),
               36.0 * s.D * config.distill_hidden,
-              oracle(lambda: distill_step(distilled, plain_distill_optimizer, *literal.dense_features(scen, bench.raw)))),
+              oracle(lambda: classifier_step(distilled, plain_distill_optimizer, *literal.dense_features(scen, bench.raw)))),
         Stage("critic steps, cached features", critic, literal=oracle(lambda: literal_critic(False)), **critic_rows),
         Stage("critic steps, re-encoding counted", critic, literal=oracle(lambda: literal_critic(True)), **critic_rows),
         Stage("generator step, cached features", lambda: generator(eggn.generator_step),
               literal=oracle(lambda: generator(literal_generator)), **generator_rows),
         Stage("generator step, re-encoding counted", lambda: generator(eggn.generator_step),
               literal=oracle(lambda: generator(literal_generator, True)), **generator_rows),
-        Stage("EGGN iteration, cached features", lambda: iterate(whole_draw, False), literal=oracle(lambda: literal_iteration(False)), **iteration_rows),
-        Stage("EGGN iteration, re-encoding counted", lambda: iterate(whole_draw, False), literal=oracle(lambda: literal_iteration(True)), **iteration_rows),
+        Stage("EGGN iteration, cached features", iterate, literal=oracle(lambda: literal_iteration(False)), **iteration_rows),
+        Stage("EGGN iteration, re-encoding counted", iterate, literal=oracle(lambda: literal_iteration(True)), **iteration_rows),
     ]
 
 

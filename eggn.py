@@ -56,7 +56,7 @@ class EGGN(nn.Module):
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
 
-    def iterate(self, draws: tuple[Tensor, ...], feedback: bool) -> Tensor:
+    def iterate(self, *draws: Tensor, feedback: bool) -> Tensor:
         """One iteration: critic_iter critic steps and a generator step; draws: their arguments. Returns LOSSES, on the device."""
         return torch.cat([self.critic_steps(*draws[:4], feedback), self.generator_step(*draws[4:], feedback)])
 

@@ -3,11 +3,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from config import Config
 from eggn import EGGN
-from scen import Embedding, LossMeter
+from graphs import graphed
+from scen import Embedding, LossMeter, classifier_step
 
 
 def per_class_accuracy(target: Tensor, predicted: Tensor, classes: int) -> Tensor:
@@ -76,15 +76,12 @@ def fit_softmax(x: Tensor, y: Tensor, classes: int, config: Config, score) -> tu
     linear = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.normal_(linear.weight, 0.0, 0.02)
     nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999), fused=True)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999), fused=True, capturable=x.is_cuda)
+    step = graphed(lambda batch: classifier_step(linear, optimizer, x[batch], y[batch]), linear, [optimizer])
     meter, scores = LossMeter("the softmax classifier", "loss"), []
     for _ in range(config.classifier_epochs):
         for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):
-            loss = F.cross_entropy(linear(x[batch]), y[batch])
-            meter.add(loss.detach())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            meter.add(step(batch))
         with torch.no_grad():
             scores.append(score(linear))
     meter.read()

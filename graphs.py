@@ -1,70 +1,83 @@
-"""EGGN's iterations as CUDA graphs: some hundred small kernels become one launch, where launching them is what takes the time.
+"""A training step as a CUDA graph: its dozens of small kernels become one launch, where launching them is what takes the time.
 
-A graph is trusted only after it has repeated an ordinary iteration from the same state; where capturing fails, or the numbers
-differ, iterations stay ordinary ones.
+A graph is trusted only after it has repeated an ordinary step from the same state; where capturing fails, or the numbers
+differ, steps stay ordinary ones.
 """
-import torch
-from torch import Tensor
+from typing import Callable, Iterable
 
-from eggn import EGGN
+import torch
+from torch import Tensor, nn
+
 from util import UserError
 
-WARM_UP = 3  # ordinary iterations before a capture: optimiser states and cuBLAS's workspaces must be there
+WARM_UP = 3  # ordinary steps before a capture: optimiser states and cuBLAS's workspaces must be there
 
 
-class GraphedIterations:
-    """Stands for `EGGN.iterate` on a CUDA device: called with the same tensors, of the same shapes every time."""
+def graphed(step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Callable[..., Tensor]:
+    """The fastest form of `step(*tensors)`, which returns losses, on the network's device: itself on a CPU, a GraphedStep on CUDA.
 
-    def __init__(self, eggn: EGGN):
-        self.eggn = eggn
-        self.calls = {False: 0, True: 0}  # iterations without and with feedback: each has a graph of its own
-        self.graphs = {}
+    It changes nothing but the network's tensors and the optimizers', which are `capturable`, and never waits for the device.
+    """
+    return GraphedStep(step, network, optimizers) if next(network.parameters()).is_cuda else step
 
-    def __call__(self, draws: tuple[Tensor, ...], feedback: bool) -> Tensor:
-        """One iteration; returns its losses."""
-        self.calls[feedback] += 1
-        if self.calls[feedback] <= WARM_UP:
-            return self.eggn.iterate(draws, feedback)
-        if feedback not in self.graphs:
-            return self.capture(draws, feedback)
-        if self.graphs[feedback] is None:
-            return self.eggn.iterate(draws, feedback)
-        graph, inputs, losses = self.graphs[feedback]
-        for held, drawn in zip(inputs, draws):
-            held.copy_(drawn)
+
+class GraphedStep:
+    """Stands for a step, see `graphed`. Inputs of other shapes than the first call's, as an epoch's last batch, take an ordinary step."""
+    refused = False  # once one graph could not be made, no other is tried
+    first = None  # the first graph, whose memory is all the others', too: no two of them run at once
+
+    def __init__(self, step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
+        self.step, self.network, self.optimizers = step, network, optimizers
+        self.shapes, self.calls, self.graph = None, 0, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """One step; returns its losses."""
+        shapes = [tensor.shape for tensor in inputs]
+        self.shapes = self.shapes or shapes
+        if shapes != self.shapes:
+            return self.step(*inputs)
+        self.calls += 1
+        if self.graph is None:
+            return self.step(*inputs) if self.calls <= WARM_UP or GraphedStep.refused else self.capture(*inputs)
+        graph, held, losses = self.graph
+        for tensor, given in zip(held, inputs):
+            tensor.copy_(given)
         graph.replay()
         return losses.clone()
 
-    def capture(self, draws: tuple[Tensor, ...], feedback: bool) -> Tensor:
-        """An ordinary iteration, and the same once more as a graph from the same state; keeps the graph if they agree."""
+    def capture(self, *inputs: Tensor) -> Tensor:
+        """An ordinary step, and the same once more as a graph from the same state; keeps the graph if they agree."""
         before = [tensor.clone() for tensor in self.state()]
-        losses = self.eggn.iterate(draws, feedback)
+        losses = self.step(*inputs)
         after = [tensor.clone() for tensor in self.state()]
-        self.graphs[feedback] = None
+        trained = [parameter.requires_grad for parameter in self.network.parameters()]
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
-            inputs, graph = tuple(drawn.clone() for drawn in draws), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                graphed_losses = self.eggn.iterate(inputs, feedback)
+            held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=GraphedStep.first and GraphedStep.first.pool()):
+                graphed_losses = self.step(*held)
+            GraphedStep.first = GraphedStep.first or graph
             self.restore(before)
             graph.replay()
             if not torch.allclose(graphed_losses, losses, rtol=1e-3, atol=1e-5) or not self.changed_alike(before, after):
-                raise RuntimeError("a replayed iteration gave other numbers than an ordinary one")
-            self.graphs[feedback] = graph, inputs, graphed_losses
+                raise RuntimeError("a replayed step gave other numbers than an ordinary one")
+            self.graph = graph, held, graphed_losses
         except Exception as error:  # torch and CUDA have many names for what cannot be captured
+            GraphedStep.refused = True
             if stream:  # a capture that fails can leave its own stream current, and the generator waiting for the capture's end
                 torch.cuda.set_stream(stream)
                 torch.cuda.default_generators[stream.device_index].graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
-            self.eggn.requires_grad_(True)
-            self.eggn.zero_grad(set_to_none=True)
+            for parameter, was_trained in zip(self.network.parameters(), trained):
+                parameter.requires_grad_(was_trained)
+            self.network.zero_grad(set_to_none=True)
             self.restore(after)
             print(f"CUDA graphs are not used: {UserError(error)}", flush=True)
         return losses
 
     def state(self) -> list[Tensor]:
-        """Everything that an iteration changes: weights, lambda1, the optimisers' tensors."""
-        optimizer_states = (state for optimizer in self.eggn.optimizers.values() for state in optimizer.state.values())
-        return [*self.eggn.parameters(), *self.eggn.buffers(),
+        """Everything that a step changes: weights, buffers, the optimisers' tensors."""
+        optimizer_states = (state for optimizer in self.optimizers for state in optimizer.state.values())
+        return [*self.network.parameters(), *self.network.buffers(),
                 *(value for state in optimizer_states for value in state.values() if torch.is_tensor(value))]
 
     @torch.no_grad()
@@ -76,8 +89,8 @@ class GraphedIterations:
     @torch.no_grad()
     def changed_alike(self, before: list[Tensor], after: list[Tensor]) -> bool:
         """Whether the weights differ from `after` by less than a hundredth of their change since `before` (2-norms), and
-        lambda1 and Adam's counters not at all."""
-        state, weights = self.state(), len(list(self.eggn.parameters()))
+        single numbers (lambda1, the optimisers' counters) not at all."""
+        state, weights = self.state(), len(list(self.network.parameters()))
         difference = sum(((now - then).double() ** 2).sum() for now, then in zip(state[:weights], after))
         change = sum(((then - first).double() ** 2).sum() for then, first in zip(after[:weights], before))
         counters = all(torch.allclose(now, then) for now, then in zip(state, after) if not now.dim())

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint
 from config import Config
 from dataset import BalancedSampler
+from graphs import graphed
 from maps import FeatureMaps
 from model import SCEN
 from util import UserError, seed_stream
@@ -16,8 +17,9 @@ from util import UserError, seed_stream
 
 def rmsprop(parameters, lr: float, config: Config) -> torch.optim.Optimizer:
     """The optimiser of SCEN and of the global classifier (section 5)."""
-    return torch.optim.RMSprop(parameters, lr=lr, weight_decay=config.scen_weight_decay,
-                               momentum=config.scen_momentum, foreach=True)
+    parameters = list(parameters)
+    return torch.optim.RMSprop(parameters, lr=lr, weight_decay=config.scen_weight_decay, momentum=config.scen_momentum,
+                               foreach=True, capturable=parameters[0].is_cuda)
 
 
 def scen_step(scen: SCEN, optimizer, maps: Tensor, labels: Tensor, seen: Tensor, config: Config) -> Tensor:
@@ -29,8 +31,8 @@ def scen_step(scen: SCEN, optimizer, maps: Tensor, labels: Tensor, seen: Tensor,
     return torch.stack([local.detach(), globally.detach()])
 
 
-def distill_step(classifier: nn.Module, optimizer, x: Tensor, target: Tensor) -> Tensor:
-    """One step of stage 2 on x (B, D): mean squared error against local logits S (B, C), or cross entropy against labels (B,)."""
+def classifier_step(classifier: nn.Module, optimizer, x: Tensor, target: Tensor) -> Tensor:
+    """One step of a classifier on x (B, D): mean squared error against logits (B, C), or cross entropy against labels (B,)."""
     loss = (F.mse_loss if target.is_floating_point() else F.cross_entropy)(classifier(x), target)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -154,9 +156,9 @@ def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler
     checkpoint.track(distill_optimizer=optimizer, distill_losses=meter)
     seed_stream(config.seed, "distill")
     batches = sampler.draw(config.distill_iterations).to(x.device)
+    step = graphed(lambda positions: classifier_step(classifier, optimizer, x[positions], targets[positions]), classifier, [optimizer])
     for iteration in checkpoint.steps("distill", config.distill_iterations, config.checkpoint_every, "iteration"):
-        positions = batches[iteration - 1]
-        meter.add(distill_step(classifier, optimizer, x[positions], targets[positions]))
+        meter.add(step(batches[iteration - 1]))
         if iteration % config.log_freq_iteration == 0 or iteration == config.distill_iterations:
             log(iteration, meter.read())
     checkpoint.forget("distill_optimizer", "distill_losses")

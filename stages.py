@@ -1,4 +1,6 @@
 """The stages of a run, one after the other, on one split: SCEN, embedding, distillation, EGGN with its evaluations."""
+from functools import partial
+
 import torch
 
 from checkpoint import Checkpoint
@@ -6,12 +8,12 @@ from config import Config
 from dataset import BalancedSampler, Features
 from eggn import EGGN, LOSSES, draw_iteration
 from evaluation import Metrics, area_under, evaluate, logits_metrics, seen_unseen_curve
-from graphs import GraphedIterations
+from graphs import graphed
 from maps import FeatureMaps, Place
 from model import SCEN, Scaler, global_classifier
 from protocol import Selection
 from report import describe
-from scen import Embedding, Embeddings, LossMeter, distill, distill_step, distill_targets, embed_splits, fit_scen, rmsprop, scen_step
+from scen import Embedding, Embeddings, LossMeter, classifier_step, distill, distill_targets, embed_splits, fit_scen, rmsprop, scen_step
 from util import UserError, seed_stream
 from xlsa17 import Split
 
@@ -114,7 +116,7 @@ class Training:
         meter = LossMeter(f"{self.checkpoint.phase}stage 3 (EGGN)", *LOSSES)
         self.checkpoint.track(eggn=eggn, eggn_losses=meter, selection=self.selection,
                               **{f"eggn_optimizer_{name}": optimizer for name, optimizer in eggn.optimizers.items()})
-        iterate = GraphedIterations(eggn) if self.device.type == "cuda" else eggn.iterate
+        iterate = {feedback: graphed(partial(eggn.iterate, feedback=feedback), eggn, eggn.optimizers.values()) for feedback in (False, True)}
         a_pass = -(-len(self.labels["trainval"]) // self.sampler.batch_size)
         an_epoch = a_pass * config.feedback_loop
         total = config.nepoch * an_epoch
@@ -125,7 +127,7 @@ class Training:
             feedback = within // a_pass == 1 and config.a1 > 0
             seed_stream(config.seed, "eggn", step)
             trainval = self.embeddings["trainval"]
-            meter.add(iterate(draw_iteration(eggn, trainval.x, trainval.y, self.sampler, self.unseen), feedback))
+            meter.add(iterate[feedback](*draw_iteration(eggn, trainval.x, trainval.y, self.sampler, self.unseen)))
             if joint:
                 joint.follow(step)
             if within == an_epoch - 1:
@@ -189,6 +191,6 @@ class Joint:
         self.training.classifier.requires_grad_(True)
         meter = LossMeter(f"{self.training.checkpoint.phase}stage 3 (distillation)", "joint_loss_distill")
         for positions in self.training.sampler.draw(self.training.config.joint_distill_iterations).to(x.device):
-            meter.add(distill_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions]))
+            meter.add(classifier_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions]))
         self.training.classifier.requires_grad_(False)
         return meter.read()

@@ -24,7 +24,7 @@ from dataset import normalize_positions  # noqa: E402
 from eggn import EGGN  # noqa: E402
 from evaluation import per_class_accuracy  # noqa: E402
 from model import LEN, SCEN, global_classifier  # noqa: E402
-from scen import distill_step, rmsprop, scen_step  # noqa: E402
+from scen import classifier_step, rmsprop, scen_step  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "published_scegg_small.npz"
 TOLERANCE = 1e-4
@@ -143,7 +143,7 @@ def check_distillation(golden, config):
     classifier = new()
     optimizer = rmsprop(classifier.parameters(), config.scen_lr, config)
     for _ in range(3):
-        distill_step(classifier, optimizer, x, S)
+        classifier_step(classifier, optimizer, x, S)
     golden.compare_changes("distillation 3 steps", classifier, lambda name: name, "distil/param",
                            "distil/param_after_3_steps")
     return classifier
