@@ -13,6 +13,7 @@ optimisers and products, and in this process, so that it has the same settings o
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -38,7 +39,7 @@ from evaluation import evaluate
 from flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from graphs import WARM_UP, graphed
 from model import SCEN, global_classifier
-from preprocessing import DECODED_AT_ONCE, Backbone, Images, default_workers, extract
+from preprocessing import DECODED_AT_ONCE, Backbone, Images, collate, default_workers, extract
 from products import fast_products
 from scen import Embedding, classifier_step, rmsprop, scen_step
 from train_joint import CONFIGS
@@ -314,7 +315,7 @@ def whole_run(command: list[str]) -> dict:
     return {"stage": "whole run", "wall_seconds": seconds} | {key: summary[key] for key in keys if key in summary}
 
 
-def preprocessing_run(options, device: torch.device, images: int = 512) -> dict:
+def preprocessing_run(options, device: torch.device, folder: Path, images: int = 512) -> dict:
     """preprocessing.py's way from CUB's photographs to the file, uncompressed and gzip, beside the bare backbone on decoded images.
 
     The bare backbone is timed as preprocessing.py runs it (batch normalisation and padding folded) and as its package gives it.
@@ -327,7 +328,7 @@ def preprocessing_run(options, device: torch.device, images: int = 512) -> dict:
     loading = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
     paths = [options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]]
     photographs = Images(paths, image_transform(448), loading.num_workers)
-    decoded = [torch.stack(photographs.__getitems__(piece)) for piece in torch.arange(images).split(at_once)]
+    decoded = [collate(photographs.__getitems__(piece)) for piece in torch.arange(images).split(at_once)]
     if device.type == "cuda":  # as the loader hands them over
         decoded = [batch.pin_memory() for batch in decoded]
 
@@ -339,14 +340,14 @@ def preprocessing_run(options, device: torch.device, images: int = 512) -> dict:
 
     def decode():
         for piece in torch.arange(images).split(at_once * DECODED_AT_ONCE):
-            photographs.__getitems__(piece)
+            collate(photographs.__getitems__(piece))
 
     def whole(compression):
-        with tempfile.TemporaryDirectory() as folder:
-            parts = Parts(Path(folder) / "maps.hdf5", photographs.paths, compression, {})
-            extract(backbones["bare"], photographs, parts, loading)
-            parts.join(lambda file: None)
+        parts = Parts(folder / f"{next(number)}.hdf5", photographs.paths, compression, {})
+        extract(backbones["bare"], photographs, parts, loading)
+        parts.join(lambda file: None)
 
+    number = itertools.count()  # a file of its own each time: removing the last one is no work of preprocessing's
     calls = {"packaged_backbone": partial(forward, "packaged"), "bare_backbone": partial(forward, "bare"), "decoding_in_one_process": decode,
              "uncompressed": partial(whole, None), "gzip": partial(whole, "gzip")}
     speeds = {name: images / seconds for name, seconds in zip(calls, Timer(device).medians(list(calls.values()), 3, at_most=300))}
@@ -400,7 +401,7 @@ def main(argv=None):
     if options.whole or options.stream or options.preprocess:
         with tempfile.TemporaryDirectory() as folder:
             records = [whole_run(options.whole) if options.whole else stream_run(options.stream, Path(folder)) if options.stream
-                       else preprocessing_run(options, device)]
+                       else preprocessing_run(options, device, Path(folder))]
         print(json.dumps(records[0], indent=2))
     else:
         records = stage_table(options, device, timer)

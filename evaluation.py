@@ -77,7 +77,7 @@ def fit_softmax(x: Tensor, y: Tensor, classes: int, config: Config, score) -> tu
     nn.init.normal_(linear.weight, 0.0, 0.02)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999), fused=True, capturable=x.is_cuda)
-    step = graphed(lambda batch: classifier_step(linear, optimizer, x[batch], y[batch]), linear, [optimizer])
+    step = graphed(lambda batch: classifier_step(linear, optimizer, x.index_select(0, batch), y[batch]), linear, [optimizer])
     meter, scores = LossMeter("the softmax classifier", "loss"), []
     for _ in range(config.classifier_epochs):
         for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):

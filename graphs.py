@@ -23,11 +23,11 @@ def graphed(step: Callable[..., Tensor], network: nn.Module, optimizers: Iterabl
 
 class GraphedStep:
     """Stands for a step, see `graphed`. Inputs of other shapes than the first call's, as an epoch's last batch, take an ordinary step."""
-    refused = False  # once one graph could not be made, no other is tried
+    refused = False  # of all, once one could not be captured; of one alone, if its numbers were others
     first = None  # the first graph, whose memory is all the others', too: no two of them run at once
 
     def __init__(self, step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
-        self.step, self.network, self.optimizers = step, network, optimizers
+        self.step, self.network, self.optimizers = step, network, list(optimizers)
         self.shapes, self.calls, self.graph = None, 0, None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class GraphedStep:
             return self.step(*inputs)
         self.calls += 1
         if self.graph is None:
-            return self.step(*inputs) if self.calls <= WARM_UP or GraphedStep.refused else self.capture(*inputs)
+            return self.step(*inputs) if self.calls <= WARM_UP or self.refused else self.capture(*inputs)
         graph, held, losses = self.graph
         for tensor, given in zip(held, inputs):
             tensor.copy_(given)
@@ -50,29 +50,43 @@ class GraphedStep:
         before = [tensor.clone() for tensor in self.state()]
         losses = self.step(*inputs)
         after = [tensor.clone() for tensor in self.state()]
-        trained = [parameter.requires_grad for parameter in self.network.parameters()]
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
         try:
-            held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=GraphedStep.first and GraphedStep.first.pool()):
-                graphed_losses = self.step(*held)
-            GraphedStep.first = GraphedStep.first or graph
+            graph, held, graphed_losses = self.record(*inputs)
             self.restore(before)
             graph.replay()
             if not torch.allclose(graphed_losses, losses, rtol=1e-3, atol=1e-5) or not self.changed_alike(before, after):
-                raise RuntimeError("a replayed step gave other numbers than an ordinary one")
+                raise UserError("a replayed step gave other numbers than an ordinary one")
             self.graph = graph, held, graphed_losses
         except Exception as error:  # torch and CUDA have many names for what cannot be captured
+            self.refused = True
+            self.restore(after)
+            print(f"a CUDA graph is not used: {UserError(error)}", flush=True)
+        return losses
+
+    def record(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """The step as a graph, the tensors that it reads, which hold the inputs now, and the one that it leaves its losses in.
+
+        Where it cannot be made, what the attempt has changed beside the state is put back before the error is raised.
+        """
+        trained = [parameter.requires_grad for parameter in self.network.parameters()]
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        random = torch.cuda.get_rng_state() if stream else None
+        try:
+            held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=GraphedStep.first and GraphedStep.first.pool()):
+                losses = self.step(*held)
+        except Exception:
             GraphedStep.refused = True
-            if stream:  # a capture that fails can leave its own stream current, and the generator waiting for the capture's end
+            if stream:  # its own stream can still be the current one, and the generator wait for the capture's end
                 torch.cuda.set_stream(stream)
-                torch.cuda.default_generators[stream.device_index].graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
+                generator = torch.Generator(stream.device).set_state(random)
+                torch.cuda.default_generators[stream.device_index].graphsafe_set_state(generator.graphsafe_get_state())
             for parameter, was_trained in zip(self.network.parameters(), trained):
                 parameter.requires_grad_(was_trained)
             self.network.zero_grad(set_to_none=True)
-            self.restore(after)
-            print(f"CUDA graphs are not used: {UserError(error)}", flush=True)
-        return losses
+            raise
+        GraphedStep.first = GraphedStep.first or graph
+        return graph, held, losses
 
     def state(self) -> list[Tensor]:
         """Everything that a step changes: weights, buffers, the optimisers' tensors."""

@@ -90,7 +90,7 @@ class GEN(nn.Module):
     def compose_mixed(self, mixed: Tensor, maps: Tensor) -> Tensor:
         """compose_mlp from M A (B, K//2, R) on: (B, D)."""
         first, activation, second = self.compose
-        hidden = F.leaky_relu_(mixed @ maps + first.bias[:, None], activation.negative_slope)  # (B, K//2, D)
+        hidden = F.leaky_relu_((mixed @ maps).add_(first.bias[:, None]), activation.negative_slope)  # (B, K//2, D)
         return torch.bmm(second.weight.expand(len(hidden), 1, -1), hidden).squeeze(1) + second.bias  # `@` would copy hidden
 
     def compose_avg(self, attention: Tensor, maps: Tensor) -> Tensor:

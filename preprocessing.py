@@ -34,7 +34,7 @@ from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
 DECODED_AT_ONCE = 8  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
-AHEAD = 6  # loads whose maps wait to be written, while a part is made safe on the disk
+AHEAD = 6  # batches of maps that wait to be written, while a part is made safe on the disk (at least a load's)
 
 
 class Unreadable(str):
@@ -133,6 +133,8 @@ def forward(backbone, loaded, batch_size: int):
     waiting = []
     for images in loaded:
         if isinstance(images, Unreadable):
+            if waiting:  # perhaps the last of a part
+                yield [maps.arrived() for maps in waiting]
             raise UserError(images)
         sent = [Sent(backbone(batch)) for batch in images.split(batch_size)]
         if waiting:
@@ -142,12 +144,12 @@ def forward(backbone, loaded, batch_size: int):
         yield [maps.arrived() for maps in waiting]
 
 
-def hand_over(loads, make, writer: ThreadPoolExecutor) -> Future:
-    """Have `make(iterator)` use up the batches of `loads` in the thread of `writer`, at most AHEAD behind: the backbone does not wait for the disk.
+def hand_over(loads, ahead: int, make, writer: ThreadPoolExecutor) -> Future:
+    """Have `make(iterator)` use up the batches of `loads` in the thread of `writer`, at most `ahead` behind: the backbone does not wait for the disk.
 
     Returns what becomes of `make`, which may still be at work. Raises what it raised, if it ended early.
     """
-    handed = Queue(AHEAD)
+    handed = Queue(ahead)
 
     def received():
         while (load := handed.get()) is not None:
@@ -173,6 +175,7 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts. Returns images per second."""
     todo = parts.missing(*rank_of_ranks())
     at_once = options.batch_size * (1 if options.num_workers or backbone.device.type == "cuda" else DECODED_AT_ONCE)
+    ahead = max(1, AHEAD * options.batch_size // at_once)
     loads = [list(parts.rows(start))[at:at + at_once] for start in todo for at in range(0, len(parts.rows(start)), at_once)]
     loader = DataLoader(images, batch_sampler=loads, num_workers=options.num_workers, collate_fn=collate,
                         pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
@@ -187,7 +190,7 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
                 while made and (len(made) > 1 or made[0].done()):
                     made.popleft().result()
                 loads_of_part = -(-len(parts.rows(start)) // at_once)
-                made.append(hand_over(progressing(bar, maps, loads_of_part), partial(parts.make, start), writer))
+                made.append(hand_over(progressing(bar, maps, loads_of_part), ahead, partial(parts.make, start), writer))
             while made:
                 made.popleft().result()
         except RuntimeError as error:

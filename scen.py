@@ -156,7 +156,7 @@ def distill(classifier: nn.Module, trainval: Embedding, sampler: BalancedSampler
     checkpoint.track(distill_optimizer=optimizer, distill_losses=meter)
     seed_stream(config.seed, "distill")
     batches = sampler.draw(config.distill_iterations).to(x.device)
-    step = graphed(lambda positions: classifier_step(classifier, optimizer, x[positions], targets[positions]), classifier, [optimizer])
+    step = graphed(lambda positions: classifier_step(classifier, optimizer, x.index_select(0, positions), targets[positions]), classifier, [optimizer])
     for iteration in checkpoint.steps("distill", config.distill_iterations, config.checkpoint_every, "iteration"):
         meter.add(step(batches[iteration - 1]))
         if iteration % config.log_freq_iteration == 0 or iteration == config.distill_iterations:

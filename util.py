@@ -75,10 +75,9 @@ def atomic_path(path: Path, advice: str = "free some disk space or name another 
     make_folder(path.parent)
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         if error.filename is not None and Path(error.filename) not in (temporary, path, path.parent):
             raise
@@ -169,9 +168,9 @@ def outlives(action, seconds: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0
 
 
-def sync_folder(folder: Path):
-    """Make a rename inside `folder` durable (a rename lives in the folder, not in the file)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path):
+    """Make what is written of a file, or a rename inside a folder, durable (a rename lives in the folder, not in the file)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

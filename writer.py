@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from util import UserError, atomic_path, remove_partials, require_space
+from util import UserError, atomic_path, remove_partials, require_space, sync
 from xlsa17 import Split
 
 PART = 256  # images
@@ -72,8 +72,8 @@ def new_hdf5(path: Path):
 class MapWriter:
     """Writes feature maps, row after row; gzip runs in threads beside the backbone.
 
-    gzip chunks are compressed here and stored as they are, in the format of HDF5's own filter: ISA-L is much faster than that
-    filter's zlib, and releases Python's lock.
+    Chunks are stored as they are, without HDF5's cache, which copies; gzip's in the format of HDF5's own filter, but made by ISA-L,
+    which is much faster than that filter's zlib and releases Python's lock. Only lzf is left to HDF5.
     """
 
     def __init__(self, target: h5py.Dataset, compression: str | None, pool: ThreadPoolExecutor):
@@ -82,13 +82,17 @@ class MapWriter:
 
     def write(self, maps: np.ndarray):
         """Append maps (B, D, h, w) float32."""
-        if self.compression == "gzip":
-            for offset, image_map in enumerate(np.ascontiguousarray(maps)):
-                self.pending.append((self.row + offset, self.pool.submit(isal_zlib.compress, image_map.data, GZIP_LEVEL)))
-            self.drain(keep=2 * len(maps))
-        else:
+        if self.compression == "lzf":
             self.target[self.row:self.row + len(maps)] = maps
+        else:
+            for offset, image_map in enumerate(np.ascontiguousarray(maps)):
+                self.pending.append((self.row + offset, self.pool.submit(self.chunk, image_map)))
+            self.drain(keep=2 * len(maps))
         self.row += len(maps)
+
+    def chunk(self, image_map: np.ndarray):
+        """The bytes of a map's chunk."""
+        return isal_zlib.compress(image_map.data, GZIP_LEVEL) if self.compression == "gzip" else image_map
 
     def drain(self, keep: int):
         """Store finished chunks, in order, until at most `keep` wait."""
@@ -164,9 +168,9 @@ class Parts:
         if lacking:
             raise UserError(f"{len(lacking)} of {len(self.starts)} parts are not in {self.folder}: do all ranks share that folder?")
         with atomic_path(self.output, KEPT) as temporary:
-            with new_hdf5(temporary) as (file, check):
+            with new_hdf5(temporary) as (file, check), ThreadPoolExecutor(max_workers=1) as disk:
                 annotate(file)
-                target = None
+                target, synced = None, []
                 for start in self.starts:
                     with open_part(self.paths[start]) as maps:
                         if target is None:
@@ -175,6 +179,9 @@ class Parts:
                             mask, chunk = maps.id.read_direct_chunk((row - start, 0, 0, 0))
                             target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
                     check()
+                    synced.append(disk.submit(sync, temporary))  # while the next part is copied
+                for part in synced:
+                    part.result()
             self.verify(temporary)
         shutil.rmtree(self.folder)
 

@@ -318,8 +318,8 @@ def test_a_replaced_image_costs_its_part_alone(own_toy, tmp_path, monkeypatch):
     victim.write_bytes(whole[:900])
     with pytest.raises(UserError, match="not a readable image"):
         run(own_toy, tmp_path / "x.hdf5")
-    parts = list(tmp_path.glob("x.hdf5.parts-*/*.hdf5"))
-    assert parts
+    parts = sorted(path.name[:8] for path in tmp_path.glob("x.hdf5.parts-*/*.hdf5"))
+    assert parts == [f"{start:08d}" for start in (0, 4, 8)]  # the victim is image 15
     victim.write_bytes(whole)
     assert run(own_toy, tmp_path / "x.hdf5").exists() and not list(tmp_path.glob("*.parts-*"))
 
