@@ -70,7 +70,7 @@ def new_hdf5(path: Path):
 
 
 class MapWriter:
-    """Writes feature maps, row after row; gzip runs in threads beside the backbone.
+    """Writes feature maps, row after row; gzip runs in threads.
 
     Chunks are stored as they are, without HDF5's cache, which copies; gzip's in the format of HDF5's own filter, but made by ISA-L,
     which is much faster than that filter's zlib and releases Python's lock. Only lzf is left to HDF5.
