@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from util import UserError, atomic_path, remove_partials, require_space, sync
+from util import UserError, atomic_path, remove_partials, require_space
 from xlsa17 import Split
 
 PART = 256  # images
@@ -168,9 +168,9 @@ class Parts:
         if lacking:
             raise UserError(f"{len(lacking)} of {len(self.starts)} parts are not in {self.folder}: do all ranks share that folder?")
         with atomic_path(self.output, KEPT) as temporary:
-            with new_hdf5(temporary) as (file, check), ThreadPoolExecutor(max_workers=1) as disk:
+            with new_hdf5(temporary) as (file, check):
                 annotate(file)
-                target, synced = None, []
+                target = None
                 for start in self.starts:
                     with open_part(self.paths[start]) as maps:
                         if target is None:
@@ -179,9 +179,6 @@ class Parts:
                             mask, chunk = maps.id.read_direct_chunk((row - start, 0, 0, 0))
                             target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
                     check()
-                    synced.append(disk.submit(sync, temporary))  # while the next part is copied
-                for part in synced:
-                    part.result()
             self.verify(temporary)
         shutil.rmtree(self.folder)
 
