@@ -38,7 +38,7 @@ def read_image(path: Path, transform) -> torch.Tensor:
 
 
 class ResizeAndCrop:
-    """torchvision's Resize(side) and CenterCrop(side) of a PIL image, to the bit, a sixth faster.
+    """torchvision's Resize(side) and CenterCrop(side) of a PIL image, to the bit; decoding a photograph takes a sixth less with it.
 
     Pillow resizes along the rows and then along the columns: what is left and right of the crop need not go through the second.
     """

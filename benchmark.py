@@ -141,7 +141,7 @@ class Workbench:
 def as_trained(step, network, optimizers, *inputs) -> Callable:
     """A call of a step as training makes it: on CUDA of its graph, which is captured here."""
     step = graphed(step, network, optimizers)
-    for _ in range(WARM_UP + 1):  # the last one is captured
+    for _ in range(WARM_UP + 1 if inputs[0].is_cuda else 0):  # the last one is captured
         step(*inputs)
     return partial(step, *inputs)
 

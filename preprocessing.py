@@ -127,8 +127,8 @@ class Sent:
 def forward(backbone, loaded, batch_size: int):
     """For each load of images its maps on the host, a list of (batch_size, D, h, w) float32.
 
-    A GPU has its work on the next load by then. On a CPU the next load is decoded meanwhile, so that whatever is made of the
-    maps runs beside that and not beside the backbone, each of whose layers would wait for the thread that lost its core.
+    A GPU has its work on the next load by then. On a CPU that decodes by itself the next load is decoded meanwhile, so that whatever
+    is made of the maps runs beside that and not beside the backbone, each of whose layers would wait for the thread that lost its core.
     """
     waiting = []
     for images in loaded:

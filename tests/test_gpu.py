@@ -57,7 +57,7 @@ def classified(device):
 
 
 class Recording:
-    """Stands for CUDA's graphs on a CPU: what was done inside is done again by `replay`. calls: the steps' (inputs, losses)."""
+    """Stands for CUDA's graphs on a CPU: what was done inside is done again by `replay`. calls: (step, inputs, losses)."""
     calls, replays = [], 0
 
     def __init__(self, graph=None, pool=None):
@@ -82,6 +82,7 @@ def recorded(monkeypatch):
     """Graphs that can be captured without a GPU; the steps' form with them."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(Recording, "calls", [])
     monkeypatch.setattr(Recording, "replays", 0)
 
     def form(step, network, optimizers):
