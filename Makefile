@@ -15,7 +15,7 @@ CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(shell echo $(DATASET) 
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
-	$(BIN)/python toy.py
+	$(BIN)/python -m scegg.datasets.toy
 	$(BIN)/python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224 --normalization backbone
 	$(BIN)/python train_joint.py --wandb offline
 
@@ -26,7 +26,7 @@ test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests -m "long or not long"
 
 doctor: $(VENV)/installed
-	$(BIN)/python doctor.py
+	$(BIN)/python -m scegg.doctor
 
 seeds: $(VENV)/installed
 	for seed in $$(seq 1 $(N)); do $(BIN)/python $(SCRIPT) --seed $$seed $(FLAGS) || exit; done

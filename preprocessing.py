@@ -26,11 +26,11 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from backbones import OFFLINE, Pixels, build_backbone, fold, image_transform, read_image
+from scegg.features.backbones import OFFLINE, Pixels, build_backbone, fold, image_transform, read_image
 from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, locked, pick_device
-from w2v import attribute_vectors
-from writer import FILTERS, Parts, write_annotations
-from xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
+from scegg.datasets.word_vectors import attribute_vectors
+from scegg.features.parts import FILTERS, Parts, write_annotations
+from scegg.datasets.xlsa17 import LAYOUTS, feature_file, read_attribute_names, read_dataset
 
 
 DECODED_AT_ONCE = 8  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while

@@ -1,8 +1,8 @@
 """The comparison table: the published methods, and under them the means of our runs over their seeds.
 
     python results.py                                    every finished run below runs/, as text
-    python results.py figs/records --format markdown     from the committed records
-    python results.py --format latex --output table.tex --figure figs/results.png --record figs/records
+    python results.py docs/records --format markdown     from the committed records
+    python results.py --format latex --output table.tex --figure figs/results.png --record docs/records
 
 A configuration of a method has a row for each way its epochs were picked, under that name: *best on test* is how the paper
 picks them; *last epoch* and *validated* (picked on held-out validation classes) never look at the test set.
@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from config import DISTILL_KEYS, SCEN_KEYS
-from tables import FORMATS, METRICS, Row, Table, draw
+from scegg.config import DISTILL_KEYS, SCEN_KEYS
+from scegg.report.formats import FORMATS, METRICS, Row, Table, draw
 from util import FlagParser, UserError, exit_on_user_error, write_text
-from xlsa17 import LAYOUTS
+from scegg.datasets.xlsa17 import LAYOUTS
 
 PUBLISHED = Path(__file__).resolve().parent / "figs" / "published.csv"
 # how a row's epochs were picked, and the prefix of its metrics in a summary, by the run's protocol
@@ -260,7 +260,7 @@ def main(argv=None):
     parser.add_argument("--format", choices=list(FORMATS), default="text")
     parser.add_argument("--output", type=Path, default=None, help="write the table there instead of printing it")
     parser.add_argument("--figure", type=Path, default=None, help="draw it, too: a .png, .pdf or .svg file, e.g. figs/results.png")
-    parser.add_argument("--record", type=Path, default=None, help="copy the summaries used into that folder, e.g. figs/records")
+    parser.add_argument("--record", type=Path, default=None, help="copy the summaries used into that folder, e.g. docs/records")
     options = parser.parse_intermixed_args(argv)
     runs, unfinished = gather(options.paths)
     if unfinished:

@@ -25,14 +25,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbones import Pixels, build_backbone, image_transform, read_image
-from config import Config, read_config
-from dataset import READ_AT_ONCE, Features, normalize_positions, open_features
-from eggn import EGGN
-from evaluation import area_under
+from scegg.features.backbones import Pixels, build_backbone, image_transform, read_image
+from scegg.config import Config, read_config
+from scegg.features.reader import READ_AT_ONCE, Features, normalize_positions, open_features
+from scegg.method.eggn import EGGN
+from scegg.method.evaluation import area_under
 from model import SCEN
 from util import FlagParser, UserError, atomic_path, exit_on_user_error
-from xlsa17 import LAYOUTS, feature_file, image_tail
+from scegg.datasets.xlsa17 import LAYOUTS, feature_file, image_tail
 
 PAGE = 7.0  # inches, a paper's text width
 CLASSES, PER_CLASS = 10, 60  # of a t-SNE panel: classes, and at most so many images (synthetic features) of each

@@ -3,14 +3,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-import literal
+from scegg.method import plain as literal
 import numpy as np
 import parity
 import torch
 from torch.nn import functional as F
 
-from config import read_config
-from eggn import EGGN
+from scegg.config import read_config
+from scegg.method.eggn import EGGN
 from model import SCEN, global_classifier
 
 SUN = Path(__file__).resolve().parents[1] / "wandb_config" / "sun_gzsl.yaml"

@@ -19,12 +19,12 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from config import read_config  # noqa: E402
-from dataset import normalize_positions  # noqa: E402
-from eggn import EGGN  # noqa: E402
-from evaluation import per_class_accuracy  # noqa: E402
+from scegg.config import read_config  # noqa: E402
+from scegg.features.reader import normalize_positions  # noqa: E402
+from scegg.method.eggn import EGGN  # noqa: E402
+from scegg.method.evaluation import per_class_accuracy  # noqa: E402
 from model import LEN, SCEN, global_classifier  # noqa: E402
-from scen import classifier_step, rmsprop, scen_step  # noqa: E402
+from scegg.method.scen import classifier_step, rmsprop, scen_step  # noqa: E402
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "published_scegg_small.npz"
 TOLERANCE = 1e-4

@@ -1,0 +1,103 @@
+"""Which numbers of a run are reported: the paper's protocol and the honest one (section 9).
+
+paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as published.
+validated: both are picked on classes held out of trainval, in a run of their own; then the whole of trainval is trained
+on, and the test set says how good the epochs picked before are. Nothing is chosen by it.
+"""
+import dataclasses
+
+import numpy as np
+
+from scegg.config import Config
+from scegg.method.evaluation import Metrics, Scores
+from util import UserError
+from scegg.datasets.xlsa17 import Split
+
+
+def present(values: dict) -> dict:
+    """The entries that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def validation_split(split: Split, share: float, seed: int, source) -> Split:
+    """A split inside trainval: its val classes are the unseen ones, and `share` of the other classes' images test the seen.
+
+    Labels and attributes are those of trainval's classes alone, numbered anew: the unseen classes do not occur in it, not
+    as columns either. source names the file in errors. Raises UserError without val classes, or if they are also trained on.
+    """
+    if split.train is None or split.val is None:
+        raise UserError(f"{source} has no train_loc and val_loc: protocol validated needs xlsa17's; preprocess again, or use paper")
+    labels = np.searchsorted(split.seen, split.labels)
+    held_out_classes, train_classes = np.unique(labels[split.val]), np.unique(labels[split.train])
+    if not len(held_out_classes) or not len(train_classes) or np.intersect1d(held_out_classes, train_classes).size:
+        raise UserError(f"{source}: train_loc and val_loc do not divide trainval's classes: protocol validated needs xlsa17's proposed split")
+    rng = np.random.default_rng(seed)
+    held_out = []
+    for label in train_classes:
+        images = split.train[labels[split.train] == label]
+        count = min(max(round(share * len(images)), 1), len(images) - 1)
+        held_out.append(rng.permutation(images)[:count])
+    held_out = np.sort(np.concatenate(held_out))
+    if not len(held_out):
+        raise UserError(f"{source} has a single image of every class to train on: protocol validated can hold none out; use paper")
+    return dataclasses.replace(split, labels=labels, trainval=np.setdiff1d(split.train, held_out), test_seen=held_out,
+                               test_unseen=split.val, att=split.att[split.seen], original_att=split.original_att[split.seen],
+                               train=None, val=None)
+
+
+class Selection:
+    """The evaluations that count, for CZSL and for GZSL apart, as the published code has it; a part of checkpoints.
+
+    choice: {"czsl": (epoch, classifier epoch), "gzsl": ...} picked elsewhere (protocol validated). None: whatever is best
+    on the images evaluated, which are the test set's in the paper's protocol and held-out ones in validation.
+    """
+
+    def __init__(self, gzsl: bool, choice: dict | None = None):
+        self.choice = choice
+        self.picked = {"czsl": None} | ({"gzsl": None} if gzsl else {})
+        self.last = None  # the last epoch's metrics, at its best (or chosen) classifier epoch
+        self.unselected = None  # the last epoch's metrics after the last classifier epoch: nothing was picked
+
+    def wants(self, epoch: int, config: Config) -> bool:
+        """Whether to evaluate after this epoch."""
+        if self.choice:
+            return epoch == config.nepoch or epoch in (epoch for epoch, _ in self.choice.values())
+        return epoch == config.nepoch or epoch % config.test_freq_epoch == 0
+
+    def update(self, epoch: int, scores: Scores) -> dict:
+        """Take an evaluation; returns what is logged of it."""
+        best = dict(zip(("czsl", "gzsl"), scores.best_epochs()))
+        best |= {kind: classifier_epoch for kind, (_, classifier_epoch) in (self.choice or {}).items()}
+        metrics = scores.metrics(best["czsl"], best["gzsl"])
+        self.last, self.unselected = metrics._asdict(), scores.metrics()._asdict()
+        for kind, target in (("czsl", "acc_zs"), ("gzsl", "H")):
+            if kind not in self.picked:
+                continue
+            before = self.picked[kind]
+            if epoch == self.choice[kind][0] if self.choice else before is None or self.last[target] > before["metrics"][target]:
+                self.picked[kind] = {"epoch": epoch, "classifier_epoch": best[kind], "metrics": self.last}
+        return {"epoch": epoch} | present(self.last) | ({} if self.choice else self.best())
+
+    def metrics(self) -> Metrics:
+        """What was picked: acc_zs of CZSL's epoch; U, S and H of GZSL's."""
+        gzsl = self.picked["gzsl"]["metrics"] if "gzsl" in self.picked else dict.fromkeys(("acc_unseen", "acc_seen", "H"))
+        return Metrics(**gzsl | {"acc_zs": self.picked["czsl"]["metrics"]["acc_zs"]})
+
+    def best(self) -> dict:
+        """The same as best_acc_zs, best_acc_unseen, best_acc_seen and best_H."""
+        return {f"best_{name}": value for name, value in present(self.metrics()._asdict()).items()} if self.last else {}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch picked: GZSL's, if it is evaluated."""
+        return list(self.picked.values())[-1]["epoch"]
+
+    def pick(self) -> dict:
+        """The choice for the run on all of trainval."""
+        return {kind: (entry["epoch"], entry["classifier_epoch"]) for kind, entry in self.picked.items() if entry}
+
+    def state_dict(self) -> dict:
+        return {"picked": self.picked, "last": self.last, "unselected": self.unselected}
+
+    def load_state_dict(self, state: dict):
+        self.picked, self.last, self.unselected = state["picked"], state["last"], state["unselected"]

@@ -1,0 +1,135 @@
+"""A run's folder and its mirror in Weights & Biases: config, metrics line by line, summary, weights."""
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import secrets
+import subprocess
+from pathlib import Path
+
+import wandb
+
+from scegg.config import Config, config_yaml
+from util import UserError, locked, save_tensors, write_text
+
+PROJECT = "SCEGG"
+MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}  # W&B's, old names among them
+
+
+def wandb_mode(flag: str | None) -> str:
+    """--wandb, else WANDB_MODE, else online if somebody is logged in and offline if not: it never prompts."""
+    mode = flag or os.environ.get("WANDB_MODE")
+    if mode in MODES:
+        return MODES[mode]
+    if mode:
+        raise UserError(f"WANDB_MODE={mode}: use online, offline or disabled")
+    return "online" if logged_in() else "offline"
+
+
+def logged_in() -> bool:
+    """Whether W&B finds an API key, without asking for one, and takes it."""
+    try:
+        return wandb.login(prompt=False)
+    except wandb.errors.Error as error:
+        print(f"W&B: {error}")
+        return False
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with "+changes" if the tree differs from it; None outside a git checkout."""
+    here = Path(__file__).resolve().parents[2]
+    try:
+        run = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
+        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "-uno").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """One training run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json and model.pt.
+
+    folder: of a new run (`new_folder`) or of one to go on with; logged: bytes of its metrics.jsonl that belong to the
+    checkpoint it goes on from, what stands behind them is cut off and will be logged again. wandb_id: its id there, which
+    a sweep's agent gives and a resumed run keeps.
+    """
+
+    def __init__(self, folder: Path, config: Config, dataset: str, mode: str, wandb_id: str, logged: int = 0):
+        self.folder = folder
+        if not (folder / "config.yaml").is_file():
+            write_text(folder / "config.yaml", config_yaml(config))
+        self.metrics = open(folder / "metrics.jsonl", "ab+")
+        if self.metrics.tell() < logged:
+            raise UserError(f"{folder / 'metrics.jsonl'} is shorter than when the checkpoint was made: it was changed; start the run anew")
+        self.metrics.truncate(logged)
+        self.metrics.seek(0)
+        self.lines = sum(1 for _ in self.metrics)
+        settings = dict(project=PROJECT, name=folder.name, id=wandb_id, resume="allow", dir=str(folder),
+                        config=dataclasses.asdict(config) | {"dataset": dataset})
+        try:
+            self.wandb = wandb.init(mode=mode, **settings)
+        except wandb.errors.Error as error:
+            print(f"W&B could not be reached ({error}): logging offline")
+            self.wandb = wandb.init(mode="offline", **settings)
+
+    def log(self, stage: str, values: dict):
+        """One line of metrics.jsonl, and the same values to W&B."""
+        self.metrics.write((json.dumps({"stage": stage} | values) + "\n").encode())
+        self.metrics.flush()
+        self.lines += 1
+        self.wandb.log(values, step=self.lines)
+
+    def sync(self) -> int:
+        """Make what is logged durable; returns its length in bytes."""
+        os.fsync(self.metrics.fileno())
+        return self.metrics.tell()
+
+    def save_weights(self, state: dict):
+        """model.pt: tensors, numbers and texts only, so that torch.load(weights_only=True) reads it."""
+        save_tensors(self.folder / "model.pt", state)
+
+    def log_picture(self, name: str, path: Path):
+        """A picture of the run's folder, to W&B."""
+        self.wandb.log({name: wandb.Image(str(path))}, step=self.lines)
+
+    def finish(self, summary: dict):
+        """summary.json and W&B's summary; the checkpoint has done its work."""
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        self.wandb.summary.update(summary)
+
+    def close(self, exit_code: int):
+        """The end of the logs; exit_code 0 where the run is finished."""
+        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+            self.metrics.close()
+        self.wandb.finish(exit_code=exit_code)
+
+
+def new_folder(root: Path, dataset: str) -> Path:
+    """Make the folder of a new run; raises UserError where it cannot be made."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = root / f"{dataset}-{stamp}-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"the run's folder {folder} could not be made ({error.strerror}): name another place with --runs") from None
+    return folder
+
+
+def folder_to_resume(root: Path, dataset: str, name: str) -> Path:
+    """The folder of the run `name` (a path, or a folder in root), or of the last unfinished run of a dataset if it is "".
+
+    Raises UserError when there is none, or it is finished.
+    """
+    if not name:
+        found = sorted(root.glob(f"{dataset}-*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for folder in (path.parent for path in found if not (path.parent / "summary.json").exists()):
+            with contextlib.suppress(UserError), locked(folder / ".lock", "training it"):  # not one that is being trained
+                return folder
+        raise UserError(f"{root} has no unfinished run of {dataset} to resume")
+    folder = Path(name) if Path(name).is_dir() else root / name
+    if not folder.is_dir():
+        raise UserError(f"--resume {name}: there is no such run, here or in {root}")
+    if (folder / "summary.json").is_file():
+        raise UserError(f"--resume {name}: this run is finished, its numbers are in {folder / 'summary.json'}")
+    return folder

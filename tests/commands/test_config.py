@@ -1,0 +1,121 @@
+"""Configs and flags: every file complete and typed, every mistake named."""
+import argparse
+import dataclasses
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from scegg.config import Config, config_yaml, parse_flags, read_config
+from util import UserError
+
+FILES = sorted(file for file in (ROOT / "wandb_config").glob("*.yaml") if not file.name.startswith("sweep_"))
+ABLATIONS = sorted((ROOT / "wandb_config" / "ablations").glob("*.yaml"))
+SUN = ROOT / "wandb_config" / "sun_gzsl.yaml"
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--device", default=None)
+    return parse_flags(parser, list(argv))
+
+
+def test_the_seven_configs_are_there():
+    assert [file.name for file in FILES] == ["awa2_czsl.yaml", "awa2_gzsl.yaml", "cub_czsl.yaml", "cub_gzsl.yaml",
+                                             "sun_czsl.yaml", "sun_gzsl.yaml", "toy.yaml"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_config_holds_every_key_and_survives_a_round_trip(file, tmp_path):
+    config = read_config(file, {})
+    (tmp_path / "again.yaml").write_text(config_yaml(config))
+    assert read_config(tmp_path / "again.yaml", {}) == config
+
+
+@pytest.mark.parametrize("base", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", ABLATIONS, ids=lambda file: file.stem)
+def test_an_ablation_can_be_laid_over_every_config(file, base):
+    plain, changed = (dataclasses.asdict(read_config(files, {})) for files in ([base], [base, file]))
+    assert file.stem == "validated" or changed["method"] != plain["method"] == "SC-EGG"
+    assert {name for name in plain if plain[name] != changed[name]} <= set(yaml.safe_load(file.read_text()))
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"visual_features": "cnn"}, "no SCEN to guide"), ({"use_decoder": "false", "a1": "1"}, "set a1 and a2 to 0")])
+def test_keys_that_contradict_each_other(overrides, message):
+    with pytest.raises(UserError, match=message):
+        read_config(SUN, overrides)
+
+
+def test_published_sun_settings():
+    config = read_config(SUN, {})
+    assert (config.batch_size, config.scen_iterations, config.distill_iterations, config.nepoch) == (64, 2000, 4000, 50)
+    assert (config.ngh, config.ndh, config.lr, config.dec_lr, config.classifier_lr) == (4096, 4096, 1e-3, 1e-4, 5e-4)
+    assert (config.a1, config.a2, config.feedback_loop, config.syn_num, config.seed) == (0, 0, 2, 400, 56441)
+
+
+def test_czsl_and_gzsl_differ_in_one_key():
+    for name in ("cub", "sun", "awa2"):
+        czsl, gzsl = (dataclasses.asdict(read_config(ROOT / "wandb_config" / f"{name}_{kind}.yaml", {}))
+                      for kind in ("czsl", "gzsl"))
+        assert {key for key in czsl if czsl[key] != gzsl[key]} == {"gzsl"}
+
+
+@pytest.mark.parametrize("argv", [("--syn_num", "200", "--freeze_dec=True"), ("--syn_num=200", "--freeze_dec=true"),
+                                  ("--syn_num=200.0", "--freeze_dec", "True", "--device", "cpu")])
+def test_flags_in_both_forms(argv):
+    options, overrides = parse(*argv)
+    config = read_config(SUN, overrides)
+    assert (config.syn_num, config.freeze_dec) == (200, True) and isinstance(config.syn_num, int)
+    assert vars(options).keys() == {"device"}
+
+
+@pytest.mark.parametrize("argv, message", [(["--syn_nun", "3"], "did you mean syn_num"), (["--devise=cpu"], "did you mean device"),
+                                           (["stray"], "'stray' belongs to no flag")])
+def test_unknown_flag_names_the_nearest(argv, message):
+    with pytest.raises(UserError, match=message):
+        parse(*argv)
+
+
+@pytest.mark.parametrize("key, value", [("lr", "fast"), ("lr", "0"), ("lr", "nan"), ("syn_num", "1.5"), ("syn_num", "0"),
+                                        ("nepoch", "-1"), ("gzsl", "maybe"), ("compose_runtime", "sum"), ("lr", ""),
+                                        ("seed", "9" * 25), ("seed", str(2**63)), ("syn_num", "1e999")])
+def test_ill_typed_or_impossible_values(key, value):
+    with pytest.raises(UserError, match=f"--{key}: {key} must be"):
+        read_config(SUN, {key: value})
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace("syn_num", "syn_nmu"), "unknown key syn_nmu; did you mean syn_num"),
+    (lambda text: text.replace("ngh: {value: 4096}\n", ""), "lacks ngh"),
+    (lambda text: text + "ngh: {value: 1}\n", "the key ngh stands twice"),
+    (lambda text: text.replace("ngh: {value: 4096}", "ngh: 4096"), "must be written `ngh: {value: x}`"),
+    (lambda text: text.replace("ngh: {value: 4096}", "ngh: {value: [1]}"), "ngh must be a whole number above 0"),
+    (lambda text: text.replace("ngh: {value: 4096}", "ngh: {value: true}"), "ngh must be a whole number above 0"),
+    (lambda text: "just text", "expected lines of the form"), (lambda text: "a: [", "is not YAML"), (lambda text: "", "expected lines")])
+def test_damaged_config_files(tmp_path, change, message):
+    (tmp_path / "c.yaml").write_text(change(SUN.read_text()))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path / "c.yaml", {})
+
+
+def test_large_whole_numbers_are_not_rounded():
+    assert read_config(SUN, {"seed": "9007199254740993"}).seed == 9007199254740993
+
+
+def test_missing_config_file(tmp_path):
+    with pytest.raises(UserError, match="could not be read"):
+        read_config(tmp_path / "none.yaml", {})
+
+
+def test_published_yaml_form_and_wandb_bookkeeping(tmp_path):
+    """`key:` / `  value: x` on lines of its own, 1e-4 without a dot, and the two entries W&B adds."""
+    lines = ["wandb_version: 1", "_wandb:", "  value: {python_version: 3.11}"]
+    for name, entry in yaml.safe_load(SUN.read_text()).items():
+        lines += [f"{name}:", f"  value: {'1e-3' if name == 'lr' else yaml.safe_dump(entry['value']).splitlines()[0]}"]
+    (tmp_path / "published.yaml").write_text("\n".join(lines))
+    assert read_config(tmp_path / "published.yaml", {}) == read_config(SUN, {})
+
+
+def test_no_key_has_a_default_in_code():
+    assert all(field.default is dataclasses.MISSING for field in dataclasses.fields(Config))
