@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATASET ?= TOY
 N ?= 3
-SCRIPT = $(if $(filter TOY,$(DATASET)),train_joint.py,train_joint_$(DATASET).py)
+SCRIPT = train_joint.py --dataset $(DATASET)
 CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(shell echo $(DATASET) | tr A-Z a-z)_gzsl).yaml
 
 .PHONY: demo test test-long doctor seeds ablations clean

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from scegg.config import DISTILL_KEYS, SCEN_KEYS
+from scegg.config import keys_of_stage
 from scegg.report.formats import FORMATS, METRICS, Row, Table, draw
 from util import FlagParser, UserError, exit_on_user_error, write_text
 from scegg.datasets.xlsa17 import LAYOUTS
@@ -27,7 +27,7 @@ PUBLISHED = Path(__file__).resolve().parent / "figs" / "published.csv"
 # how a row's epochs were picked, and the prefix of its metrics in a summary, by the run's protocol
 SELECTIONS = {"paper": {"best on test": "best_", "last epoch": "last_"}, "validated": {"validated": "", "validated, last epoch": "last_"}}
 WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose runs speak for SCEN alone
-OF_SCEN = SCEN_KEYS + DISTILL_KEYS
+OF_SCEN = keys_of_stage(1, 2)
 SCEN_ALONE = {"SCEN alone: local classifier": "local_", "SCEN alone: distilled classifier": "global_"}
 PREFIXES = ("", "best_", "last_", *SCEN_ALONE.values())
 GCM_CF = "GCM-CF's H on AWA2 is as published; it does not follow from its U and S."

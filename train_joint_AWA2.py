@@ -1,6 +1,7 @@
-"""Train SC-EGG on AWA2: python train_joint_AWA2.py [--config FILE] [--any_key value]; the procedure is train_joint.py's."""
+"""Train SC-EGG on AWA2: train_joint.py with its dataset named."""
+
 from train_joint import main
 from util import exit_on_user_error
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main("AWA2", "awa2_gzsl.yaml"))
+    exit_on_user_error(lambda: main(dataset="AWA2"))

@@ -1,6 +1,7 @@
-"""Train SC-EGG on SUN: python train_joint_SUN.py [--config FILE] [--any_key value]; the procedure is train_joint.py's."""
+"""Train SC-EGG on SUN: train_joint.py with its dataset named."""
+
 from train_joint import main
 from util import exit_on_user_error
 
 if __name__ == "__main__":
-    exit_on_user_error(lambda: main("SUN", "sun_gzsl.yaml"))
+    exit_on_user_error(lambda: main(dataset="SUN"))

@@ -32,7 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from scegg.features.backbones import OFFLINE, Pixels, build_backbone, fold, image_transform
-from scegg.config import read_config
+from scegg.config import CONFIG_FOLDER, read_config
 from scegg.features.reader import Features, normalize_positions, open_features, read_maps
 from scegg.method.eggn import EGGN
 from scegg.method.evaluation import evaluate
@@ -42,7 +42,6 @@ from model import SCEN, global_classifier
 from preprocessing import DECODED_AT_ONCE, Backbone, Images, collate, default_workers, extract
 from scegg.speed.onednn import fast_products
 from scegg.method.scen import Embedding, classifier_step, rmsprop, scen_step
-from scegg.run.main import CONFIGS
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
 from scegg.features.parts import FILTERS, MapWriter, Parts, create_maps
 from scegg.datasets.xlsa17 import read_dataset
@@ -380,7 +379,7 @@ def main(argv=None):
     parser = FlagParser("Time every stage.")
     parser.add_argument("--size", choices=SIZES, default="CUB", help="synthetic tensors of a dataset's dimensions")
     parser.add_argument("--features", type=Path, default=None, help="the dimensions and feature maps of this file instead")
-    parser.add_argument("--config", type=Path, default=CONFIGS / "sun_gzsl.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIG_FOLDER / "sun_gzsl.yaml")
     parser.add_argument("--matmul_precision", choices=("highest", "high", "medium"), default="highest")
     parser.add_argument("--batch_size", type=int, default=None, help="B (default: the paper's 64; 40 on AWA2)")
     parser.add_argument("--against", choices=("literal",), default=None, help="time a plain transcription beside it")

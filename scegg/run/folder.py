@@ -10,7 +10,7 @@ from pathlib import Path
 
 import wandb
 
-from scegg.config import Config, config_yaml
+from scegg.config import RUN_FACTS, Config, config_yaml
 from util import UserError, locked, save_tensors, write_text
 
 PROJECT = "SCEGG"
@@ -65,7 +65,7 @@ class Run:
         self.metrics.seek(0)
         self.lines = sum(1 for _ in self.metrics)
         settings = dict(project=PROJECT, name=folder.name, id=wandb_id, resume="allow", dir=str(folder),
-                        config=dataclasses.asdict(config) | {"dataset": dataset})
+                        config=dataclasses.asdict(config) | dict(zip(RUN_FACTS, [dataset], strict=True)))
         try:
             self.wandb = wandb.init(mode=mode, **settings)
         except wandb.errors.Error as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
-from scegg.config import Config, parse_flags, read_config
+from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.features.reader import Features, open_features
 from scegg.run.folder import Run, folder_to_resume, git_commit, new_folder, wandb_mode
 from scegg.features.storage import Place, choose_place
@@ -20,9 +20,8 @@ from scegg.run.reuse import find_scen, finished_runs, identity_of_code, identity
 from scegg.run.pipeline import Training
 from util import (FlagParser, UserError, keep_freed_memory, locked, peak_memory_gb, pick_device,
                   remove_partials, seed_everything)
-from scegg.datasets.xlsa17 import feature_file, read_split
+from scegg.datasets.xlsa17 import LAYOUTS, feature_file, read_split
 
-CONFIGS = Path(__file__).resolve().parents[2] / "wandb_config"
 
 
 def train(dataset: str, features: Features, config: Config, device: torch.device, place: Place, run: Run,
@@ -121,7 +120,7 @@ def place_of_maps(features: Features, device: torch.device, cache: str) -> Place
 def resume_command(folder: Path, options) -> str:
     """The command that goes on with a run, with the flags that are not in its config."""
     kept = "".join(f" --{name} {shlex.quote(str(value))}" for name, value in vars(options).items()
-                   if name in ("device", "data_root", "cache", "wandb") and value not in (None, "auto", Path("data")))
+                   if name in ("dataset", "device", "data_root", "cache", "wandb") and value not in (None, "auto", Path("data"), "TOY"))
     return f"python {Path(sys.argv[0]).name} --resume {shlex.quote(str(folder.resolve()))}{kept}"
 
 
@@ -146,11 +145,16 @@ def ending(run: Run, resume: str):
     run.close(exit_code=0)
 
 
-def main(dataset: str, config_name: str, argv=None):
-    """Parse flags, check everything that can be checked, train (or go on training), print the table."""
-    parser = FlagParser(f"Train SC-EGG on {dataset}.")
+def main(argv=None, dataset: str | None = None):
+    """Parse flags, check everything that can be checked, train (or go on training), print the table.
+
+    dataset: the one of a script that names it; None: --dataset does.
+    """
+    parser = FlagParser(f"Train SC-EGG on {dataset or 'a dataset'}.")
+    if dataset is None:
+        parser.add_argument("--dataset", choices=list(LAYOUTS), default="TOY", help="what to train on (default: TOY)")
     parser.add_argument("--config", type=Path, nargs="+", default=None,
-                        help=f"W&B YAML file; further ones, an ablation's, are laid over it (default: {config_name})")
+                        help="W&B YAML file; further ones, an ablation's, are laid over it (default: the dataset's in wandb_config/)")
     parser.add_argument("--features", type=Path, default=None, help="HDF5 feature file (default: where preprocessing.py puts it)")
     parser.add_argument("--data_root", type=Path, default=Path("data"), help="its xlsa17 split, if there, must be the features' own")
     parser.add_argument("--device", default=None, help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
@@ -164,6 +168,7 @@ def main(dataset: str, config_name: str, argv=None):
     parser.add_argument("--wandb", choices=("online", "offline", "disabled"), default=None,
                         help="default: WANDB_MODE, else online if logged in and offline if not")
     options, overrides = parse_flags(parser, argv)
+    dataset = dataset or options.dataset
     keep_freed_memory()
     with contextlib.ExitStack() as held:
         folder = saved = None
@@ -171,7 +176,7 @@ def main(dataset: str, config_name: str, argv=None):
             folder = folder_to_resume(options.runs, dataset, options.resume)
             held.enter_context(locked(folder / ".lock", f"training {folder}"))
             saved = read_checkpoint(folder / "checkpoint.pt")
-        config = read_config(options.config or [folder / "config.yaml" if folder else CONFIGS / config_name], overrides)
+        config = read_config(options.config or [folder / "config.yaml" if folder else default_config(dataset)], overrides)
         device = pick_device(options.device)
         path = options.features or (Path(saved["facts"]["features"]) if saved else made_features(dataset, config.backbone))
         features = open_features(path, config.backbone, config.img_size, dataset)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from scegg.run.checkpoint import code_version
-from scegg.config import SCEN_KEYS, Config
+from scegg.config import Config, keys_of_stage
 from scegg.features.reader import Features
 
 SAMPLE = 16
@@ -52,7 +52,7 @@ def find_scen(runs: Path, config: Config, features: Features, device: torch.devi
     if config.visual_features == "cnn":
         return None
     wanted = identity_of_data(features) | identity_of_code(device) | {"scen_schedule": "frozen", "visual_features": "dense"}
-    for folder in finished_runs(runs, wanted | {name: getattr(config, name) for name in ("seed", *SCEN_KEYS)}):
+    for folder in finished_runs(runs, wanted | {name: getattr(config, name) for name in ("seed", *keys_of_stage(1))}):
         try:
             scen = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)["scen"]
         except Exception:  # torch has many names for a damaged file

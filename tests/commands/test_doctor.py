@@ -4,7 +4,7 @@ import sys
 
 import h5py
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 from scegg import doctor
 import preprocessing

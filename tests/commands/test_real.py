@@ -5,10 +5,9 @@ import os
 import numpy as np
 import pytest
 import scipy.io
-from conftest import flags
+from helpers import flags, run_training
 
 import preprocessing
-import train_joint
 from scegg.datasets.xlsa17 import read_dataset
 
 SEEN, UNSEEN, IMAGES = 8, 4, 24
@@ -44,7 +43,7 @@ def test_real_birds_are_recognised_far_above_chance(real_data, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     write_subset(real_data, tmp_path / "birds")
     preprocessing.main(["--dataset", "CUB", "--data_root", "birds", "--backbone", "efficientnet_lite2", "--img_size", "224", "-c"])
-    train_joint.main("CUB", "sun_gzsl.yaml", ["--data_root", "birds", "--device", "cpu", *flags(
+    run_training("CUB", "sun_gzsl.yaml", ["--data_root", "birds", "--device", "cpu", *flags(
         backbone="efficientnet_lite2", img_size=224, batch_size=16, scen_iterations=200, distill_iterations=300, nepoch=6,
         ngh=512, ndh=512, syn_num=60)])
     run, = (tmp_path / "runs").iterdir()

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL_RUN
+from helpers import ROOT, SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from scegg.config import FIELDS, parse_value
 
-SWEEPS = sorted((ROOT / "wandb_config").glob("sweep_*.yaml"))
+SWEEPS = sorted((ROOT / "wandb_config" / "sweeps").glob("*.yaml"))
 
 
 def trial(sweep, pick):
@@ -20,7 +20,7 @@ def trial(sweep, pick):
 
 
 def test_there_is_a_sweep_for_every_dataset():
-    assert [file.stem for file in SWEEPS] == ["sweep_awa2", "sweep_cub", "sweep_sun", "sweep_toy"]
+    assert [file.stem for file in SWEEPS] == ["awa2", "cub", "sun", "toy"]
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)

@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 import torch
-from conftest import feature_arrays, write_features
+from helpers import feature_arrays, write_features
 
 from scegg.features.reader import BalancedSampler, gzip_chunks, normalize_positions, open_features
 from scegg.features.storage import FeatureMaps, Place, available_ram, choose_place

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from sklearn.metrics import balanced_accuracy_score
 
 from scegg.config import read_config

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from helpers import GOLDEN, ROOT
 
 from scegg.method import plain as literal
 import make_golden

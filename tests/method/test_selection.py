@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, feature_arrays, flags, write_features
+from helpers import SMALL_RUN, feature_arrays, flags, run_training, write_features
 
-import train_joint
 from scegg.features.reader import open_features
 from scegg.method.evaluation import Scores
 from scegg.method.selection import Selection, validation_split
@@ -74,7 +73,7 @@ def test_selection_on_what_is_evaluated_and_by_choice():
 
 
 def test_a_validated_run_chooses_nothing_on_the_test_set(path, tmp_path):
-    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu", "--data_root",
+    run_training("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu", "--data_root",
                                               "none", *flags(**SMALL_RUN | {"nepoch": 4, "protocol": "validated"})])
     made, = (tmp_path / "runs").iterdir()
     summary = json.loads((made / "summary.json").read_text())
@@ -90,7 +89,7 @@ def test_a_validated_run_chooses_nothing_on_the_test_set(path, tmp_path):
 def test_seen_bias_moves_images_to_the_unseen_classes(path, tmp_path):
     found = {}
     for bias in (0, 1000):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / str(bias)), "--device", "cpu", "--data_root",
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / str(bias)), "--device", "cpu", "--data_root",
                                                   "none", *flags(**SMALL_RUN | {"seen_bias": bias})])
         summary, = (tmp_path / str(bias)).glob("*/summary.json")
         found[bias] = json.loads(summary.read_text())
@@ -99,7 +98,7 @@ def test_seen_bias_moves_images_to_the_unseen_classes(path, tmp_path):
 
 def test_scen_is_reused_only_where_stage_1_is_the_same(path, tmp_path, capsys):
     def train(*more, **changes):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu", "--data_root",
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu", "--data_root",
                                                   "none", *more, *flags(**SMALL_RUN | changes)])
         return max((tmp_path / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime), "SCEN is taken from" in capsys.readouterr().out
 

@@ -7,13 +7,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
+from helpers import ROOT, SMALL_RUN, feature_arrays, flags, run_training, write_features
 from PIL import Image
 from torchvision import transforms
 
 import preprocessing
 from scegg.datasets import toy
-import train_joint
 import visualize
 from model import LEN
 from util import UserError
@@ -36,7 +35,7 @@ def made(tmp_path_factory):
 
 def train(features, folder, **changes):
     """The folder of a small run."""
-    train_joint.main("TOY", "toy.yaml", ["--features", str(features), "--runs", str(folder), "--device", "cpu", "--data_root", "none",
+    run_training("TOY", "toy.yaml", ["--features", str(features), "--runs", str(folder), "--device", "cpu", "--data_root", "none",
                                          *flags(**SMALL_RUN | {"img_size": SIZE} | changes)])
     return next(folder.iterdir())
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, feature_arrays
+from helpers import ROOT, feature_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image

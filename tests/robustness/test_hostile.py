@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import ROOT, feature_arrays, write_features
+from helpers import ROOT, feature_arrays, write_features
 from PIL import Image
 
 from scegg.datasets import toy

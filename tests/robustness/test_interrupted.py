@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, feature_arrays, write_features
+from helpers import ROOT, feature_arrays, write_features
 
 import preprocessing
 from scegg.datasets import toy

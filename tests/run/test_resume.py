@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
+from helpers import ROOT, SMALL_RUN, feature_arrays, flags, run_training, write_features
 
-from scegg.run import reuse
 import train_joint
+from scegg.run import reuse
 from scegg.run.checkpoint import Checkpoint
 from scegg.run.folder import Run
 from scegg.method.scen import LossMeter
@@ -40,7 +40,7 @@ def arguments(features, folder, changes, *more):
 
 
 def train(features, folder, changes, *more):
-    train_joint.main("CUB", "sun_gzsl.yaml", arguments(features, folder, changes, *more))
+    run_training("CUB", "sun_gzsl.yaml", arguments(features, folder, changes, *more))
 
 
 def outcome(folder):
@@ -94,7 +94,7 @@ def test_a_run_interrupted_at_any_step_ends_as_if_it_had_not_been(features, tmp_
 def child(argv):
     os.environ["WANDB_SILENT"] = "true"
     sys.stdout = sys.stderr = open(os.devnull, "w")
-    train_joint.main("CUB", "sun_gzsl.yaml", argv)
+    run_training("CUB", "sun_gzsl.yaml", argv)
 
 
 def survive_kills(features, tmp_path, kills, changes):
@@ -237,7 +237,7 @@ def test_a_disk_that_fills_under_the_log_names_the_command_to_go_on_with(feature
 def test_resuming_needs_no_flags(features, tmp_path, monkeypatch):
     """The run knows its config and its features."""
     stop(features, tmp_path / "runs", monkeypatch)
-    train_joint.main("CUB", "cub_gzsl.yaml", ["--runs", str(tmp_path / "runs"), "--device", "cpu", "--wandb", "disabled", "--resume"])
+    train_joint.main(["--runs", str(tmp_path / "runs"), "--device", "cpu", "--wandb", "disabled", "--resume"], dataset="CUB")
     train(features, tmp_path / "whole", {})
     assert_same(outcome(tmp_path / "runs"), outcome(tmp_path / "whole"))
 

@@ -6,11 +6,10 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL_RUN, feature_arrays, flags, write_features
+from helpers import ROOT, SMALL_RUN, feature_arrays, flags, run_training, write_features
 
 from benchmarks import plain_run as literal_run
 from scegg.run import folder as logs
-import train_joint
 import visualize
 from scegg.config import read_config
 from model import SCEN, weighted_l1
@@ -24,7 +23,7 @@ METRICS = {"epoch", "acc_zs", "acc_seen", "acc_unseen", "H", "best_acc_zs", "bes
 
 def run(features, folder, *argv, **changes):
     """Train on a small file; returns (run folder, metrics lines, summary, weights)."""
-    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(folder), "--device", "cpu",
+    run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(folder), "--device", "cpu",
                                               "--data_root", "none", *argv, *flags(**SMALL_RUN | changes)])
     made, = folder.iterdir()
     lines = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
@@ -119,7 +118,7 @@ def test_offline_wandb_run(features, tmp_path, monkeypatch):
     (["--cache=attic"], "invalid choice: 'attic'")])
 def test_mistakes(features, tmp_path, argv, message):
     with pytest.raises(UserError, match=message):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), *argv])
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), *argv])
     assert not (tmp_path / "runs").exists()
 
 
@@ -133,13 +132,13 @@ def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
 def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
     path = write_features(tmp_path / "f.hdf5", feature_arrays())
     with pytest.raises(UserError, match="holds split of other images: run preprocessing.py again"):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path), "--data_root", str(real_data)])
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(path), "--data_root", str(real_data)])
 
 
 def test_features_of_another_dataset_are_refused(tmp_path):
     path = write_features(tmp_path / "f.hdf5", feature_arrays(), dataset="TOY")
     with pytest.raises(UserError, match="holds features of dataset TOY, but the run asks for CUB: use the script of TOY"):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(path)])
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(path)])
 
 
 def test_missing_features_name_the_command_and_what_is_there(tmp_path, monkeypatch):
@@ -147,7 +146,7 @@ def test_missing_features_name_the_command_and_what_is_there(tmp_path, monkeypat
     (tmp_path / "data/CUB").mkdir(parents=True)
     (tmp_path / "data/CUB/feature_map_efficientnet_lite2_CUB.hdf5").touch()
     with pytest.raises(UserError, match=r"preprocessing.py --dataset CUB --backbone resnet101, .*there is feature_map_efficientnet"):
-        train_joint.main("CUB", "sun_gzsl.yaml", [])
+        run_training("CUB", "sun_gzsl.yaml", [])
 
 
 def test_published_row_stands_only_under_the_papers_data():
@@ -180,7 +179,7 @@ def test_the_baselines_run_is_found_for_the_picture(features, tmp_path, monkeypa
     baseline, = (tmp_path / "runs").iterdir()
     drawn = []
     monkeypatch.setattr(visualize, "tsne_figure", lambda run, cnn: drawn.append((run.name, cnn.name)))
-    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
+    run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
                                               "--data_root", "none", *flags(**SMALL_RUN | {"nepoch": 1, "log_figures": True})])
     (name, cnn), = drawn
     assert cnn == baseline.name != name

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, flags
+from helpers import ROOT, SMALL_RUN, flags, run_training
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import train_joint
 from scegg.config import read_config
 from scegg.features.reader import BalancedSampler
 from scegg.method.eggn import EGGN, draw_iteration
@@ -202,7 +201,7 @@ def test_classifiers_on_the_gpu_are_the_same_by_graphs(monkeypatch, capsys):
 @needs_cuda
 @pytest.mark.parametrize("cache", ["device", "ram", "disk", "none"])
 def test_a_run_on_the_gpu(features, tmp_path, cache):
-    train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cuda",
+    run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cuda",
                                               "--data_root", "none", "--cache", cache, *flags(**SMALL_RUN)])
     assert list((tmp_path / "runs").glob("*/summary.json"))
 
@@ -213,5 +212,5 @@ def test_a_full_gpu_names_the_settings_to_change(features, tmp_path, monkeypatch
 
     monkeypatch.setattr("scegg.run.main.train", full)
     with pytest.raises(UserError, match="lower --batch_size or --syn_num"):
-        train_joint.main("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
+        run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
                                                   "--data_root", "none", *flags(**SMALL_RUN)])

@@ -1,7 +1,7 @@
 """Products by oneDNN: the numbers, the gradients, and what is left to torch."""
 import pytest
 import torch
-from conftest import GOLDEN
+from helpers import GOLDEN
 from torch.nn import functional as F
 
 import parity
