@@ -21,7 +21,7 @@ from typing import NamedTuple
 from scegg.config import keys_of_stage
 from scegg.report.formats import FORMATS, METRICS, Row, Table, draw
 from util import FlagParser, UserError, exit_on_user_error, write_text
-from scegg.datasets.xlsa17 import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS
 
 PUBLISHED = Path(__file__).resolve().parent / "figs" / "published.csv"
 # how a row's epochs were picked, and the prefix of its metrics in a summary, by the run's protocol
@@ -270,7 +270,7 @@ def main(argv=None):
         raise UserError(f"no finished run of {' or '.join(options.dataset or LAYOUTS)} in {', '.join(map(str, options.paths))}: "
                         "train one with train_joint.py, or name another place")
     measured = {run.summary["dataset"] for run in runs}
-    datasets = [name for name, layout in LAYOUTS.items() if name in (options.dataset or {*measured, *(layout.scegg and [name] or [])})]
+    datasets = [name for name, layout in LAYOUTS.items() if name in (options.dataset or {*measured, *(layout.published and [name] or [])})]
     groups = group_runs(runs)
     table = build_table(groups, datasets)
     text = FORMATS[options.format](table)

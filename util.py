@@ -152,7 +152,7 @@ def take_lock(path: Path, doing: str, wait: bool):
         file.close()  # its holder was done and removed it: take a new one
 
 
-def outlives(action, seconds: int) -> bool:
+def survives(action, seconds: int) -> bool:
     """Whether `action()` ends within `seconds` without killing its process, tried in a forked one; what it raises does not matter."""
     child = os.fork()
     if child == 0:

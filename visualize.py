@@ -25,14 +25,17 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scegg.features.backbones import Pixels, build_backbone, image_transform, read_image
+from scegg.features.backbones import build_backbone
+from scegg.features.images import PixelNormalization, image_transform, read_image
 from scegg.config import Config, read_config
 from scegg.features.reader import READ_AT_ONCE, Features, normalize_positions, open_features
 from scegg.method.eggn import EGGN
 from scegg.method.evaluation import area_under
 from model import SCEN
 from util import FlagParser, UserError, atomic_path, exit_on_user_error
-from scegg.datasets.xlsa17 import LAYOUTS, feature_file, image_tail
+from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.xlsa17 import image_tail
+from scegg.features.feature_file import feature_file
 
 PAGE = 7.0  # inches, a paper's text width
 CLASSES, PER_CLASS = 10, 60  # of a t-SNE panel: classes, and at most so many images (synthetic features) of each
@@ -268,7 +271,7 @@ def image_files(run: Trained, paths: list[Path], weights: Path | None = None) ->
     if provenance.get("weights_sha256", made["weights_sha256"]) != made["weights_sha256"]:
         raise UserError(f"{run.features.path} was made with the weights {provenance.get('weights')}, not {made['weights']}: "
                         "give that file as --weights")
-    pixels = Pixels(config.backbone, provenance.get("normalization", "backbone"))
+    pixels = PixelNormalization(config.backbone, provenance.get("normalization", "backbone"))
     with torch.inference_mode():
         return [Shown(path.stem, crop, normalize_positions(backbone(pixels(crop[None])))[0]) for path, crop in zip(paths, crops)]
 

@@ -31,19 +31,21 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scegg.features.backbones import OFFLINE, Pixels, build_backbone, fold, image_transform
+from scegg.features.backbones import OFFLINE, build_backbone, fold
+from scegg.features.extract import DECODED_AT_ONCE, Backbone, default_workers, extract
+from scegg.features.feature_file import FILTERS, create_maps, read_maps
+from scegg.features.images import Images, PixelNormalization, collate, image_transform
 from scegg.config import CONFIG_FOLDER, read_config
-from scegg.features.reader import Features, normalize_positions, open_features, read_maps
+from scegg.features.reader import Features, normalize_positions, open_features
 from scegg.method.eggn import EGGN
 from scegg.method.evaluation import evaluate
 from benchmarks.flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from scegg.speed.cuda_graphs import WARM_UP, graphed
 from model import SCEN, global_classifier
-from preprocessing import DECODED_AT_ONCE, Backbone, Images, collate, default_workers, extract
 from scegg.speed.onednn import fast_products
 from scegg.method.scen import Embedding, classifier_step, rmsprop, scen_step
 from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
-from scegg.features.parts import FILTERS, MapWriter, Parts, create_maps
+from scegg.features.parts import MapWriter, Parts
 from scegg.datasets.xlsa17 import read_dataset
 
 
@@ -248,7 +250,7 @@ def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
 def backbone_stage(device: torch.device, img_size: int) -> Stage:
     """The offline backbone's forward pass, images already on the device."""
     at_once = 4 if device.type == "cpu" else 64
-    backbone = Backbone(Pixels(OFFLINE), fold(build_backbone(OFFLINE, None, img_size)[0]), device, torch.float32, at_once)
+    backbone = Backbone(PixelNormalization(OFFLINE), fold(build_backbone(OFFLINE, None, img_size)[0]), device, torch.float32, at_once)
     images = torch.randint(256, (at_once, 3, img_size, img_size), dtype=torch.uint8, device=device)
 
     def run():
@@ -323,7 +325,7 @@ def preprocessing_run(options, device: torch.device, folder: Path, images: int =
     for name in ("packaged", "bare"):
         network, provenance = build_backbone(options.backbone, options.weights, 448)
         network = fold(network) if name == "bare" else network
-        backbones[name] = Backbone(Pixels(options.backbone), network, device, torch.float32, at_once)
+        backbones[name] = Backbone(PixelNormalization(options.backbone), network, device, torch.float32, at_once)
     loading = argparse.Namespace(batch_size=at_once, num_workers=default_workers(device))
     paths = [options.preprocess / "CUB" / tail for tail in read_dataset(options.preprocess, "CUB")[2][:images]]
     photographs = Images(paths, image_transform(448), loading.num_workers)

@@ -80,7 +80,8 @@ def wandb_state() -> str:
 
 def dataset_lines(data_root: Path, dataset: str) -> tuple[list[str], str | None, bool]:
     """Lines on the data of a dataset, its split's fingerprint if it can be read, and whether preprocessing can start."""
-    from scegg.datasets.xlsa17 import LAYOUTS, read_attribute_names, read_dataset
+    from scegg.datasets.layouts import LAYOUTS
+    from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
     try:
         split, _, tails = read_dataset(data_root, dataset)
         missing = [tail for tail in tails if not (data_root / dataset / tail).is_file()]
@@ -112,7 +113,7 @@ def feature_line(path: Path):
 
 def next_command(data_root: Path, dataset: str, ready: bool, usable: list) -> str:
     """What to run for a dataset; usable: the Features that can be trained on."""
-    from scegg.datasets.xlsa17 import feature_file
+    from scegg.features.feature_file import feature_file
     root = "" if data_root == Path("data") else f" --data_root {shlex.quote(str(data_root))}"
     backbone, rest = ("efficientnet_lite2", " --img_size 224 --normalization backbone") if dataset == "TOY" else ("resnet101", "")
     train = "python train_joint.py" if dataset == "TOY" else f"python train_joint_{dataset}.py"
@@ -151,7 +152,8 @@ def main(argv=None):
     if any(line.startswith(BROKEN) for line in lines):
         sys.exit(1)
     print("", *devices(), wandb_state(), f"{shutil.disk_usage('.').free / 1e9:.1f} GB of disk are free here", sep="\n  ")
-    from scegg.datasets.xlsa17 import LAYOUTS, feature_file
+    from scegg.datasets.layouts import LAYOUTS
+    from scegg.features.feature_file import feature_file
     for dataset in LAYOUTS:
         lines, fingerprint, ready = dataset_lines(options.data_root, dataset)
         found = [feature_line(path) for path in sorted(feature_file(dataset, "resnet101").parent.glob("*.hdf5"))]

@@ -1,142 +1,17 @@
-"""The users' datasets as they lie on disk: folders, xlsa17's .mat files, splits, image paths, attribute names.
+"""xlsa17's .mat files, image paths and attribute names."""
 
-section 2. Everything a stranger's file can get wrong is checked here, once, for .mat and HDF5 files alike.
-"""
 import collections
-import dataclasses
-import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import scipy.io
 
-from util import UserError, outlives
+from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.splits import LOCATIONS, Split, check_split
+from util import UserError, survives
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where a dataset lies under the data root, and the facts its published split is checked against.
-
-    anchor: the folder an image path's tail begins with. published: (images, classes, seen, attributes, trainval,
-    test seen, test unseen), None for TOY; release: the fingerprint of the release of that split most people have; scegg: the
-    paper's own CZSL acc, U, S, H in %.
-    """
-    anchor: str
-    images: str
-    attribute_files: tuple[str, ...]
-    published: tuple[int, ...] | None = None
-    release: str | None = None
-    scegg: tuple[float, ...] | None = None
-
-
-LAYOUTS = {
-    "CUB": Layout("CUB_200_2011", "CUB_200_2011/images",
-                  ("attributes.txt", "CUB_200_2011/attributes.txt", "CUB_200_2011/attributes/attributes.txt"),
-                  (11788, 200, 150, 312, 7057, 1764, 2967), "62d41356ed4d", (75.1, 64.1, 73.6, 68.5)),
-    "SUN": Layout("images", "images",
-                  ("attributes.mat", "SUNAttributeDB/attributes.mat", "SUN_attributes.mat"),
-                  (14340, 717, 645, 102, 10320, 2580, 1440), "e90b2456563a", (69.2, 45.1, 43.6, 44.3)),
-    "AWA2": Layout("Animals_with_Attributes2", "Animals_with_Attributes2/JPEGImages",
-                   ("Animals_with_Attributes2/predicates.txt", "predicates.txt", "AWA2_predicates.txt"),
-                   (37322, 50, 40, 85, 23527, 5882, 7913), "dca72b876c46", (78.2, 60.9, 89.3, 72.4)),
-    "TOY": Layout("images", "images", ("attributes.txt",)),
-}
 PATIENCE = 120  # seconds that reading a .mat file may take
-LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
-
-
-def feature_file(dataset: str, backbone: str) -> Path:
-    """Where preprocessing puts, and training looks for, the feature maps: data/<DS>/feature_map_<backbone>_<DS>.hdf5."""
-    name = {"resnet101": "ResNet_101"}.get(backbone, backbone)  # the published code's file name
-    return Path("data") / dataset / f"feature_map_{name}_{dataset}.hdf5"
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Labels, splits and class attributes of a dataset; all indices 0-based.
-
-    labels (N,), trainval / test_seen / test_unseen index vectors, att and original_att (C, K) float32, train and val
-    index vectors inside trainval (train_loc and val_loc intersected with it; None where a file has none).
-    """
-    labels: np.ndarray
-    trainval: np.ndarray
-    test_seen: np.ndarray
-    test_unseen: np.ndarray
-    att: np.ndarray
-    original_att: np.ndarray
-    train: np.ndarray | None = None
-    val: np.ndarray | None = None
-
-    @property
-    def seen(self) -> np.ndarray:
-        """Labels of the seen classes (Cs,), ascending."""
-        return np.unique(self.labels[self.trainval])
-
-    @property
-    def unseen(self) -> np.ndarray:
-        """Labels of the unseen classes (Cu,), ascending."""
-        return np.unique(self.labels[self.test_unseen])
-
-    @property
-    def fingerprint(self) -> str:
-        """12 hex digits that change with any image's label or place among trainval, test seen and test unseen."""
-        digest = hashlib.sha256()
-        for part in (self.labels, *map(np.sort, (self.trainval, self.test_seen, self.test_unseen))):
-            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-        return digest.hexdigest()[:12]
-
-    def facts(self) -> tuple[int, ...]:
-        """The row of section 2's table."""
-        return (len(self.labels), len(self.att), len(self.seen), self.att.shape[1],
-                len(self.trainval), len(self.test_seen), len(self.test_unseen))
-
-    def is_published(self, dataset: str) -> bool:
-        """Whether this has the numbers of the paper's full dataset."""
-        return self.facts() == LAYOUTS[dataset].published
-
-    def describe(self, dataset: str) -> str:
-        """One line: fingerprint, which split it is, and its numbers."""
-        N, C, seen, K, trainval, test_seen, test_unseen = self.facts()
-        published = LAYOUTS[dataset].published
-        release = "the common release" if self.fingerprint == LAYOUTS[dataset].release else "NOT the common release"
-        kind = (f"the full proposed split, {release}" if self.is_published(dataset)
-                else f"NOT the full {dataset} of the paper" if published else "embedded dataset")
-        return (f"split {self.fingerprint} ({kind}): {N} images, {C} classes ({seen} seen, {len(self.unseen)} unseen), "
-                f"{K} attributes, trainval {trainval}, test seen {test_seen}, test unseen {test_unseen}")
-
-
-def check_split(split: Split, where) -> Split:
-    """The split itself if it can be true; raises UserError saying what contradicts what, in file `where`."""
-    def require(condition, problem):
-        if not condition:
-            raise UserError(f"{where}: {problem}")
-
-    N, C = len(split.labels), len(split.att)
-    require(N > 0, "holds no images")
-    require(split.att.ndim == 2 and split.att.size, f"att is of shape {split.att.shape}, expected classes x attributes")
-    require(split.original_att.shape == split.att.shape,
-            f"original_att {split.original_att.shape} and att {split.att.shape} differ in shape")
-    require(np.isfinite(split.att).all() and np.isfinite(split.original_att).all(), "class attributes hold NaN or infinity")
-    require(split.att.any(axis=1).all(), "a class has no attribute at all")
-    low, high = split.labels.min(), split.labels.max()
-    require(low >= 0 and high < C, f"labels run from {low} to {high}, but there are {C} classes: expected 0 to {C - 1} "
-            "(off by one? HDF5 labels are 0-based, .mat labels 1-based)")
-    parts = dict(zip(LOCATIONS, (split.trainval, split.test_seen, split.test_unseen)))
-    for name, loc in parts.items():
-        require(len(loc) > 0, f"{name} is empty")
-        require(loc.min() >= 0 and loc.max() < N, f"{name} runs from {loc.min()} to {loc.max()}, but there are {N} "
-                f"images: expected 0 to {N - 1} (off by one? HDF5 locations are 0-based, .mat locations 1-based)")
-        require(len(np.unique(loc)) == len(loc), f"{name} names an image twice")
-    for first, second in (("trainval_loc", "test_seen_loc"), ("trainval_loc", "test_unseen_loc"),
-                          ("test_seen_loc", "test_unseen_loc")):
-        shared = len(np.intersect1d(parts[first], parts[second]))
-        require(shared == 0, f"{first} and {second} share {shared} images: training would see test images")
-    both = np.intersect1d(split.seen, split.unseen)
-    require(len(both) == 0, f"{len(both)} classes are both seen and unseen, the first is {both[:1]}")
-    stray = np.setdiff1d(split.labels[split.test_seen], split.seen)
-    require(len(stray) == 0, f"test_seen_loc holds {len(stray)} classes without a trainval image, the first is {stray[:1]}")
-    return split
 
 
 def read_mat(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -144,7 +19,7 @@ def read_mat(path: Path, keys: tuple[str, ...], optional: tuple[str, ...] = ()) 
     if not path.is_file():
         raise UserError(f"{path} is missing: unpack xlsa17.zip so that it lies there (data root / xlsa17/data/...)")
     read = lambda: scipy.io.loadmat(path, variable_names=keys + optional)
-    if not outlives(read, PATIENCE):  # scipy's C code can crash over damaged bytes
+    if not survives(read, PATIENCE):  # scipy's C code can crash over damaged bytes
         raise UserError(f"{path} is damaged, scipy crashed or hung over it: download it again")
     try:
         content = read()

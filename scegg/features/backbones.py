@@ -2,16 +2,14 @@
 import hashlib
 import os
 import urllib.error
-import warnings
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models, transforms
+from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from util import UserError
@@ -20,58 +18,7 @@ OFFLINE = "efficientnet_lite2"
 # mean and standard deviation of the pixels the weights were trained on
 IMAGENET = "ImageNet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EFFICIENTNET_LITE = "EfficientNet-Lite", (127 / 255,) * 3, (128 / 255,) * 3
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")  # Pillow knows more, and would run Ghostscript on EPS
-LONGEST = 50  # times an image's shorter side
 
-
-def read_image(path: Path, transform) -> torch.Tensor:
-    """`transform` of an image file's RGB. Raises UserError for a file that is no image, a damaged one, and decompression bombs."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if max(image.size) > LONGEST * min(image.size):  # resizing would make a bomb of it
-                    raise ValueError(f"it is {image.width} x {image.height} pixels, no photograph")
-                return transform(image if image.mode == "RGB" else image.convert("RGB"))
-    except Exception as error:  # PIL raises many kinds over a damaged file
-        raise UserError(f"{path} is not a readable image ({error})") from None
-
-
-class ResizeAndCrop:
-    """torchvision's Resize(side) and CenterCrop(side) of a PIL image, to the bit; decoding a photograph takes a sixth less with it.
-
-    Pillow resizes along the rows and then along the columns: what is left and right of the crop need not go through the second.
-    """
-
-    def __init__(self, side: int):
-        self.side = side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = (int(self.side * length / min(image.size)) for length in image.size)
-        left, top = (round((length - self.side) / 2) for length in (width, height))
-        stretched = image.resize((width, image.height), Image.Resampling.BILINEAR).crop((left, 0, left + self.side, image.height))
-        return stretched.resize((self.side, height), Image.Resampling.BILINEAR).crop((0, top, self.side, top + self.side))
-
-
-def image_transform(img_size: int) -> transforms.Compose:
-    """PIL RGB -> (3, img_size, img_size) uint8: shorter side to img_size, centre crop. Bytes travel from loader to device."""
-    return transforms.Compose([ResizeAndCrop(img_size), transforms.PILToTensor()])
-
-
-class Pixels(nn.Module):
-    """Images (B, 3, H, W) uint8 -> float32: to [0, 1], then less a mean and over a std.
-
-    normalization: imagenet, the paper's (section 3), or backbone, those that the backbone's weights were trained with.
-    """
-
-    def __init__(self, backbone: str, normalization: str = "imagenet"):
-        super().__init__()
-        self.name, mean, std = EFFICIENTNET_LITE if (backbone, normalization) == (OFFLINE, "backbone") else IMAGENET
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, images):
-        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
 class LastMap(nn.Module):

@@ -19,20 +19,14 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
+from scegg.features.feature_file import FILTERS, GZIP_LEVEL, GZIP_SHARE, create_maps
 from util import UserError, atomic_path, remove_partials, require_space
-from scegg.datasets.xlsa17 import Split
 
 PART = 256  # images
 SAMPLE = 64  # images that are read again when all are joined
-GZIP_LEVEL = 1  # ISA-L's: nearly as small as zlib's level 4 in a tenth of the time
-GZIP_SHARE = 0.35  # of the uncompressed size: an estimate, until there are parts to tell
 KEPT = "free some disk space and run again; the finished parts stay, and it goes on with them"
-FILTERS = {None: {}, "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL}, "lzf": {"compression": "lzf"}}
 
 
-def create_maps(file: h5py.File, shape: tuple[int, int, int, int], compression: str | None) -> h5py.Dataset:
-    """The empty dataset feature_map (n, D, h, w) float32, one chunk an image."""
-    return file.create_dataset("feature_map", shape, "f4", chunks=(1, *shape[1:]), **FILTERS[compression])
 
 
 class PatientFile(io.FileIO):
@@ -218,20 +212,3 @@ def open_part(path: Path):
             yield file["feature_map"]
     except (OSError, KeyError, RuntimeError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it and run again") from None
-
-
-def write_annotations(file: h5py.File, split: Split, w2v: np.ndarray, class_names: list[str],
-                      attribute_names: list[str] | None, tails: list[str], provenance: dict):
-    """Everything but the maps: section 3's datasets, names and paths beside them, provenance as attributes."""
-    arrays = {"labels": split.labels, "trainval_loc": split.trainval, "test_seen_loc": split.test_seen,
-              "test_unseen_loc": split.test_unseen, "att": split.att, "original_att": split.original_att,
-              "w2v_att": w2v, "train_loc": split.train, "val_loc": split.val}
-    texts = {"allclasses_names": class_names, "attribute_names": attribute_names, "image_files": tails}
-    for name, array in arrays.items():
-        if array is not None:
-            file.create_dataset(name, data=array)
-    for name, lines in texts.items():
-        if lines is not None:
-            file.create_dataset(name, data=lines, dtype=h5py.string_dtype())
-    for name, value in provenance.items():
-        file.attrs[name] = value

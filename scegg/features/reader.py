@@ -5,23 +5,17 @@ when it is read, not in every step.
 """
 import dataclasses
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
-from isal import isal_zlib
 from torch import Tensor
 
-from util import UserError, outlives
-from scegg.datasets.xlsa17 import Split, check_split
+from scegg.datasets.splits import Split, check_split
+from scegg.features.feature_file import DAMAGE, REQUIRED, TEXTS, read_maps
+from util import UserError, survives
 
-REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
-# what h5py and ISA-L raise over damaged bytes
-DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, AttributeError, IndexError, isal_zlib.error)
-TEXTS = ("allclasses_names", "attribute_names", "image_files")
 PATIENCE = 120  # seconds that opening a file may take
 LARGEST = 1 << 28  # elements of an array that is read in one piece: a few hostile bytes can promise any number
 READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
@@ -95,35 +89,6 @@ class Features:
         return means
 
 
-def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """The rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32. Raises what DAMAGE lists over damaged bytes."""
-    if gzip_chunks(dataset):
-        return unpack_chunks(dataset, indices, maps)
-    for row, index in enumerate(indices):
-        dataset.read_direct(maps[row], np.s_[int(index)])
-
-
-def gzip_chunks(dataset: h5py.Dataset) -> bool:
-    """Whether each row of a dataset (N, D, h, w) is one chunk of little-endian float32 under gzip alone, as ours are."""
-    filters = dataset.id.get_create_plist()
-    return (dataset.chunks == (1, *dataset.shape[1:]) and dataset.dtype == np.dtype("<f4") and filters.get_nfilters() == 1
-            and filters.get_filter(0)[0] == h5py.h5z.FILTER_DEFLATE)
-
-
-def unpack_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """`read_maps` where `gzip_chunks` is true: ISA-L unpacks in threads, HDF5's own zlib would in one, and takes longer for each."""
-    def unpack(row, filters_left_out, chunk):
-        if not filters_left_out:  # HDF5 leaves gzip out where it gains nothing
-            stream = isal_zlib.decompressobj()
-            chunk = stream.decompress(chunk, maps[row].nbytes + 1)  # no more, whatever the chunk promises
-            if not stream.eof:
-                raise ValueError(f"the map of image {indices[row]} does not end where it should")
-        maps[row] = np.frombuffer(chunk, "<f4").reshape(maps.shape[1:])
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        made = [pool.submit(unpack, row, *dataset.id.read_direct_chunk((int(index), 0, 0, 0))) for row, index in enumerate(indices)]
-        for unpacked in made:
-            unpacked.result()
 
 
 def open_features(path: Path, backbone: str | None = None, img_size: int | None = None, dataset: str | None = None) -> Features:
@@ -144,7 +109,7 @@ def open_features(path: Path, backbone: str | None = None, img_size: int | None 
             maps = file["feature_map"]
             return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
 
-    if not outlives(probe, PATIENCE):
+    if not survives(probe, PATIENCE):
         raise UserError(f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again")
     try:
         with h5py.File(path, "r") as file:
@@ -225,28 +190,3 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
     return Features(path, split, w2v, maps.shape[1:], maps.compression is not None,
                     texts("allclasses_names", len(att), "class"), texts("attribute_names", len(w2v), "attribute"),
                     texts("image_files", len(labels), None), provenance)
-
-
-class BalancedSampler:
-    """Class-balanced batches of positions in trainval (section 5).
-
-    A batch holds min(Cs, B) distinct seen classes and max(B // Cs, 1) images of each, drawn with replacement; it need
-    not hold B images (AWA2: 40), `batch_size` is what it does hold. labels (n,) of trainval.
-    """
-
-    def __init__(self, labels: Tensor, batch_size: int):
-        order = labels.argsort(stable=True)
-        _, counts = labels.unique(return_counts=True)
-        self.order, self.counts = order, counts
-        self.first = counts.cumsum(0) - counts  # where each class starts in `order`
-        self.classes = min(len(counts), batch_size)
-        self.images = max(batch_size // len(counts), 1)
-        self.batch_size = self.classes * self.images
-
-    def draw(self, batches: int) -> Tensor:
-        """Positions (batches, batch_size), all drawn at once from torch's CPU generator."""
-        classes = torch.rand(batches, len(self.counts)).argsort(dim=1)[:, :self.classes, None]
-        uniform = torch.rand(batches, self.classes, self.images)
-        # float32 rounding can carry uniform * count up to count itself
-        within = torch.minimum((uniform * self.counts[classes]).long(), self.counts[classes] - 1)
-        return self.order[self.first[classes] + within].flatten(1)

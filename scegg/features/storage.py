@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scegg.features.reader import READ_AT_ONCE, BalancedSampler, Features
+from scegg.features.reader import READ_AT_ONCE, Features
+from scegg.features.sampler import BalancedSampler
 from util import UserError, atomic_path, locked, remove_partials, require_space
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Storage:
     """Where feature maps are kept for training: name device, ram, disk or none; dtype of a copy on the device."""
     name: str
     dtype: torch.dtype = torch.float32
@@ -27,7 +28,7 @@ class Place:
                 "disk": "in a cache beside the feature file", "none": "in the feature file, read batch by batch"}[self.name]
 
 
-def choose_place(size: int, device: torch.device, folder: Path, compressed: bool, cache: str = "auto") -> Place:
+def choose_storage(size: int, device: torch.device, folder: Path, compressed: bool, cache: str = "auto") -> Storage:
     """Where `size` bytes of float32 maps go. compressed: whether the feature file's are; cache: auto, or a place's name.
 
     auto takes the first that holds: the device if half its free memory is enough (as float16 if float32 is too much), RAM if
@@ -40,7 +41,7 @@ def choose_place(size: int, device: torch.device, folder: Path, compressed: bool
     if any(file.stat().st_size == size for file in folder.glob("*.cache")):  # it is there already: no room is needed
         on_disk = math.inf
     in_ram = available_ram()
-    kept = Place("device", torch.float32 if size < on_device else torch.float16)
+    kept = Storage("device", torch.float32 if size < on_device else torch.float16)
     fits = {"device": size * kept.dtype.itemsize / 4 < on_device, "ram": size < 0.5 * in_ram, "disk": size < on_disk,
             "none": True}
     if cache == "ram" and size > in_ram or cache in ("device", "disk") and not fits[cache]:
@@ -50,9 +51,9 @@ def choose_place(size: int, device: torch.device, folder: Path, compressed: bool
         raise UserError(f"--cache {cache}: {size / 1e9:.2f} GB of feature maps do not fit into the {room / 1e9:.2f} GB there ({device}, "
                         f"{folder}): make room, or leave the flag out")
     if cache == "auto" and device.type == "cpu" and not compressed:
-        return Place("none")
+        return Storage("none")
     name = next(name for name in fits if fits[name]) if cache == "auto" else cache
-    return kept if name == "device" else Place(name)
+    return kept if name == "device" else Storage(name)
 
 
 def available_ram() -> float:
@@ -124,14 +125,14 @@ class FeatureMaps:
     features: the file; indices (n,): its images, in the order that positions count; progress(n) is told of images read.
     """
 
-    def __init__(self, features: Features, indices: np.ndarray, device: torch.device, place: Place = Place("none"),
+    def __init__(self, features: Features, indices: np.ndarray, device: torch.device, storage: Storage = Storage("none"),
                  progress=lambda images: None):
-        self.features, self.indices, self.device, self.place = features, indices, device, place
-        if place.name == "disk":
+        self.features, self.indices, self.device, self.storage = features, indices, device, storage
+        if storage.name == "disk":
             self.cache = FlatCache(features, indices, progress, pinned=device.type == "cuda")
-        elif place.name in ("device", "ram"):
+        elif storage.name in ("device", "ram"):
             D, h, w = features.shape
-            self.store = torch.empty(len(indices), h * w, D, dtype=place.dtype, device=device if place.name == "device" else "cpu")
+            self.store = torch.empty(len(indices), h * w, D, dtype=storage.dtype, device=device if storage.name == "device" else "cpu")
             row = 0
             for maps in read_pieces(features, indices):
                 self.store[row:row + len(maps)] = maps
@@ -143,18 +144,18 @@ class FeatureMaps:
 
     def fetch(self, positions: Tensor) -> Tensor | None:
         """What has to be waited for to have the maps of `positions` (B,): bytes from a disk."""
-        if self.place.name == "disk":
+        if self.storage.name == "disk":
             return self.cache.take(positions)
-        return self.features.raw(self.indices[positions.numpy()]) if self.place.name == "none" else None
+        return self.features.raw(self.indices[positions.numpy()]) if self.storage.name == "none" else None
 
     def take(self, positions: Tensor, fetched: Tensor | None) -> Tensor:
         """Maps (B, R, D) of `positions`: on the device if they are kept there, else in host memory it can fetch from."""
-        if self.place.name == "device":
+        if self.storage.name == "device":
             return self.store[positions.to(self.device, non_blocking=True)].float()
-        if self.place.name == "ram":
+        if self.storage.name == "ram":
             maps = self.store[positions]
         else:
-            maps = fetched if self.place.name == "disk" else self.features.normalized(fetched, self.indices[positions.numpy()])
+            maps = fetched if self.storage.name == "disk" else self.features.normalized(fetched, self.indices[positions.numpy()])
         return maps.pin_memory() if self.device.type == "cuda" and not maps.is_pinned() else maps
 
     def stream(self, table) -> "Iterator[tuple[Tensor, Tensor]]":

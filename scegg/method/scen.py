@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from scegg.run.checkpoint import Checkpoint
 from scegg.config import Config
-from scegg.features.reader import BalancedSampler
+from scegg.features.sampler import BalancedSampler
 from scegg.speed.cuda_graphs import graphed
 from scegg.features.storage import FeatureMaps
 from model import SCEN

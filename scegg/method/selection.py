@@ -4,45 +4,13 @@ paper: the best epoch, and the best epoch of the softmax classifiers, *on the te
 validated: both are picked on classes held out of trainval, in a run of their own; then the whole of trainval is trained
 on, and the test set says how good the epochs picked before are. Nothing is chosen by it.
 """
-import dataclasses
-
-import numpy as np
-
 from scegg.config import Config
 from scegg.method.evaluation import Metrics, Scores
-from util import UserError
-from scegg.datasets.xlsa17 import Split
 
 
 def present(values: dict) -> dict:
     """The entries that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def validation_split(split: Split, share: float, seed: int, source) -> Split:
-    """A split inside trainval: its val classes are the unseen ones, and `share` of the other classes' images test the seen.
-
-    Labels and attributes are those of trainval's classes alone, numbered anew: the unseen classes do not occur in it, not
-    as columns either. source names the file in errors. Raises UserError without val classes, or if they are also trained on.
-    """
-    if split.train is None or split.val is None:
-        raise UserError(f"{source} has no train_loc and val_loc: protocol validated needs xlsa17's; preprocess again, or use paper")
-    labels = np.searchsorted(split.seen, split.labels)
-    held_out_classes, train_classes = np.unique(labels[split.val]), np.unique(labels[split.train])
-    if not len(held_out_classes) or not len(train_classes) or np.intersect1d(held_out_classes, train_classes).size:
-        raise UserError(f"{source}: train_loc and val_loc do not divide trainval's classes: protocol validated needs xlsa17's proposed split")
-    rng = np.random.default_rng(seed)
-    held_out = []
-    for label in train_classes:
-        images = split.train[labels[split.train] == label]
-        count = min(max(round(share * len(images)), 1), len(images) - 1)
-        held_out.append(rng.permutation(images)[:count])
-    held_out = np.sort(np.concatenate(held_out))
-    if not len(held_out):
-        raise UserError(f"{source} has a single image of every class to train on: protocol validated can hold none out; use paper")
-    return dataclasses.replace(split, labels=labels, trainval=np.setdiff1d(split.train, held_out), test_seen=held_out,
-                               test_unseen=split.val, att=split.att[split.seen], original_att=split.original_att[split.seen],
-                               train=None, val=None)
 
 
 class Selection:

@@ -12,19 +12,22 @@ from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_check
 from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.features.reader import Features, open_features
 from scegg.run.folder import Run, folder_to_resume, git_commit, new_folder, wandb_mode
-from scegg.features.storage import Place, choose_place
+from scegg.features.storage import Storage, choose_storage
 from scegg.speed.onednn import fast_products
-from scegg.method.selection import present, validation_split
+from scegg.method.selection import present
 from scegg.run.summary import result_rows, result_table, results, save_curve
 from scegg.run.reuse import find_scen, finished_runs, identity_of_code, identity_of_data
 from scegg.run.pipeline import Training
 from util import (FlagParser, UserError, keep_freed_memory, locked, peak_memory_gb, pick_device,
                   remove_partials, seed_everything)
-from scegg.datasets.xlsa17 import LAYOUTS, feature_file, read_split
+from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.splits import validation_split
+from scegg.datasets.xlsa17 import read_split
+from scegg.features.feature_file import feature_file
 
 
 
-def train(dataset: str, features: Features, config: Config, device: torch.device, place: Place, run: Run,
+def train(dataset: str, features: Features, config: Config, device: torch.device, place: Storage, run: Run,
           checkpoint: Checkpoint, scen: dict | None) -> tuple[str, dict]:
     """The whole procedure; scen: weights to start from (`find_scen`). Returns the result table as text and the summary.
 
@@ -112,9 +115,9 @@ def made_features(dataset: str, backbone: str) -> Path:
     return path
 
 
-def place_of_maps(features: Features, device: torch.device, cache: str) -> Place:
+def place_of_maps(features: Features, device: torch.device, cache: str) -> Storage:
     """Where trainval's feature maps are to be kept while stage 1 draws from them."""
-    return choose_place(features.size(len(features.split.trainval)), device, features.path.parent, features.compressed, cache)
+    return choose_storage(features.size(len(features.split.trainval)), device, features.path.parent, features.compressed, cache)
 
 
 def resume_command(folder: Path, options) -> str:

@@ -5,17 +5,18 @@ import torch
 
 from scegg.run.checkpoint import Checkpoint
 from scegg.config import Config
-from scegg.features.reader import BalancedSampler, Features
+from scegg.features.reader import Features
+from scegg.features.sampler import BalancedSampler
 from scegg.method.eggn import EGGN, LOSSES, draw_iteration
 from scegg.method.evaluation import Metrics, area_under, evaluate, logits_metrics, seen_unseen_curve
 from scegg.speed.cuda_graphs import graphed
-from scegg.features.storage import FeatureMaps, Place
+from scegg.features.storage import FeatureMaps, Storage
 from model import SCEN, Scaler, global_classifier
 from scegg.method.selection import Selection
 from scegg.run.summary import describe
 from scegg.method.scen import Embedding, Embeddings, LossMeter, classifier_step, distill, distill_targets, embed_splits, fit_scen, rmsprop, scen_step
 from util import UserError, seed_stream
-from scegg.datasets.xlsa17 import Split
+from scegg.datasets.splits import Split
 
 SPLITS = ("trainval", "test_seen", "test_unseen")
 
@@ -23,7 +24,7 @@ SPLITS = ("trainval", "test_seen", "test_unseen")
 class Training:
     """The stages, one after the other, on one split. log(stage, values) logs; choice: epochs picked elsewhere (Selection)."""
 
-    def __init__(self, features: Features, split: Split, config: Config, device: torch.device, place: Place,
+    def __init__(self, features: Features, split: Split, config: Config, device: torch.device, place: Storage,
                  checkpoint: Checkpoint, log, choice: dict | None = None):
         self.features, self.split, self.config, self.device, self.checkpoint, self.log = features, split, config, device, checkpoint, log
         self.labels = {name: torch.from_numpy(split.labels[getattr(split, name)]).to(device) for name in SPLITS}
@@ -51,7 +52,7 @@ class Training:
     def load_maps(self) -> dict[str, FeatureMaps]:
         """The feature maps of each split: trainval where SCEN's steps draw from it, what is only passed through once streamed."""
         if self.maps is None:
-            places = dict.fromkeys(SPLITS, Place("none"))
+            places = dict.fromkeys(SPLITS, Storage("none"))
             if self.checkpoint.steps_done("scen") < self.config.scen_iterations or self.config.scen_schedule == "joint":
                 places["trainval"] = self.place
                 size = self.features.size(len(self.split.trainval))

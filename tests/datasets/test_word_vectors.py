@@ -5,8 +5,13 @@ import struct
 import numpy as np
 import pytest
 
+from scegg.datasets.word_vectors import (
+    attribute_vectors,
+    attribute_words,
+    gaussian_vectors,
+    read_vectors,
+)
 from util import UserError
-from scegg.datasets.word_vectors import attribute_vectors, attribute_words, gaussian_vectors, read_vectors
 
 NAMES = ["has_bill_shape::curved_(up_or_down)", "has_wing_color::grey", "has_shape::long-legged-like"]
 WORDS = {"bill": [1, 0, 0], "shape": [0, 1, 0], "curved": [0, 0, 1], "wing": [2, 0, 0], "color": [0, 2, 0], "gray": [0, 0, 2],

@@ -10,12 +10,16 @@ import pytest
 import scipy.io
 import scipy.sparse
 import torch
-from helpers import feature_arrays, write_features
 
-from scegg.features.reader import BalancedSampler, gzip_chunks, normalize_positions, open_features
-from scegg.features.storage import FeatureMaps, Place, available_ram, choose_place
+from helpers import feature_arrays, write_features
+from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.splits import check_split
+from scegg.datasets.xlsa17 import class_table, image_tail, read_dataset, read_split
+from scegg.features.feature_file import gzip_chunks
+from scegg.features.reader import normalize_positions, open_features
+from scegg.features.sampler import BalancedSampler
+from scegg.features.storage import FeatureMaps, Storage, available_ram, choose_storage
 from util import UserError
-from scegg.datasets.xlsa17 import LAYOUTS, check_split, class_table, image_tail, read_dataset, read_split
 
 
 @pytest.mark.parametrize("folder, dataset, overlap", [("CUB", "CUB", True), ("SUN", "SUN", True), ("AWA2", "AWA2", True),
@@ -30,7 +34,7 @@ def test_official_splits(real_data, tmp_path, folder, dataset, overlap):
         tails = [image_tail("/some/where/" + path, LAYOUTS[dataset].anchor, source) for path in images["image_files"]]
     assert tails == [path.replace("//", "/") for path in images_of(real_data, dataset)]
     split, class_names = read_split(tmp_path, dataset, labels)
-    assert split.facts() == LAYOUTS[dataset].published and split.is_published(dataset)
+    assert split.counts() == LAYOUTS[dataset].published and split.is_published(dataset)
     # the two releases of AWA2 share their test images, and so the fingerprint
     assert split.fingerprint == LAYOUTS[dataset].release and "the common release" in split.describe(dataset)
     assert [name.replace("/", "_") for name in class_names] == [name.replace("/", "_") for name in names]
@@ -48,7 +52,7 @@ def images_of(real_data, dataset):
 
 def test_cub50(real_data):
     split, class_names, tails = read_dataset(real_data, "CUB")
-    assert split.facts() == (2889, 50, 40, 312, 1837, 460, 592) and not split.is_published("CUB")
+    assert split.counts() == (2889, 50, 40, 312, 1837, 460, 592) and not split.is_published("CUB")
     assert all((real_data / "CUB" / tail).is_file() for tail in tails[::100])
     assert [tails[i].split("/")[-2] for i in range(0, 2889, 100)] == [class_names[c] for c in split.labels[::100]]
 
@@ -210,7 +214,7 @@ def test_every_image_is_drawn():
 @pytest.mark.parametrize("where", ["ram", "none", "device", "disk"])
 def test_maps_are_the_files(features, where):
     data = open_features(features)
-    maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Place(where), lambda count: None)
+    maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Storage(where), lambda count: None)
     with h5py.File(features) as file:
         expected = normalize_positions(torch.from_numpy(file["feature_map"][()][data.split.trainval]))
     torch.testing.assert_close(torch.cat(list(maps.in_order())), expected, rtol=0, atol=0)
@@ -225,15 +229,15 @@ def test_places_are_tried_in_order_of_speed(tmp_path, monkeypatch):
     """RAM if half of what is free holds the maps, else the disk if they fit, else nowhere; a place asked for must hold them."""
     cpu, free = torch.device("cpu"), shutil.disk_usage(tmp_path).free
     monkeypatch.setattr("scegg.features.storage.available_ram", lambda: 1000)
-    assert choose_place(400, cpu, tmp_path, True) == Place("ram") and choose_place(600, cpu, tmp_path, True) == Place("disk")
-    assert choose_place(2 * free, cpu, tmp_path, True) == Place("none") == choose_place(1, cpu, tmp_path, True, "none")
-    assert choose_place(400, cpu, tmp_path, False) == Place("none") and choose_place(600, cpu, tmp_path, False, "ram") == Place("ram")
+    assert choose_storage(400, cpu, tmp_path, True) == Storage("ram") and choose_storage(600, cpu, tmp_path, True) == Storage("disk")
+    assert choose_storage(2 * free, cpu, tmp_path, True) == Storage("none") == choose_storage(1, cpu, tmp_path, True, "none")
+    assert choose_storage(400, cpu, tmp_path, False) == Storage("none") and choose_storage(600, cpu, tmp_path, False, "ram") == Storage("ram")
     for cache, size, message in (("disk", 2 * free, "do not fit"), ("ram", 1001, "do not fit"), ("device", 1, "has no GPU")):
         with pytest.raises(UserError, match=f"--cache {cache}: .*{message}"):
-            choose_place(size, cpu, tmp_path, True, cache)
+            choose_storage(size, cpu, tmp_path, True, cache)
     with open(tmp_path / "of.hdf5.1.cache", "wb") as file:
         file.truncate(2 * free)  # a sparse file
-    assert choose_place(2 * free, cpu, tmp_path, True, "disk") == Place("disk")  # what is there needs no room
+    assert choose_storage(2 * free, cpu, tmp_path, True, "disk") == Storage("disk")  # what is there needs no room
 
 
 def test_free_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
@@ -248,13 +252,13 @@ def test_free_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
     (tmp_path / "memory.max").write_text("5000\n")
     assert available_ram() == 2000
     monkeypatch.setattr("scegg.features.storage.available_ram", lambda: math.nan)
-    assert choose_place(1000, torch.device("cpu"), tmp_path, compressed=True, cache="ram") == Place("ram")
+    assert choose_storage(1000, torch.device("cpu"), tmp_path, compressed=True, cache="ram") == Storage("ram")
 
 
 def test_the_disk_cache_is_made_once_and_again_for_a_changed_file(features):
     def take():
         data, read = open_features(features), []
-        maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Place("disk"), read.append)
+        maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Storage("disk"), read.append)
         return sum(read), torch.cat(list(maps.in_order()))
 
     (images, first), (again, second) = take(), take()

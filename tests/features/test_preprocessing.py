@@ -13,15 +13,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from PIL import Image
 from torchvision import models, transforms
 
 import preprocessing
+from helpers import ROOT
 from scegg.datasets import toy
-from scegg.features.backbones import Pixels, build_backbone, fold, image_transform
+from scegg.features.backbones import build_backbone, fold
+from scegg.features.images import Images, PixelNormalization, image_transform
 from scegg.features.reader import open_features
-from preprocessing import Images
 from util import UserError, locked
 
 OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "--num_workers", "0"]
@@ -91,10 +91,10 @@ def test_pixels_are_torchvisions_bit_for_bit():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
     expected = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])(image)
     pixels = transforms.PILToTensor()(image)[None]
-    assert torch.equal(Pixels("resnet101")(pixels)[0], expected)
-    assert torch.equal(Pixels("efficientnet_lite2")(pixels)[0], expected)
+    assert torch.equal(PixelNormalization("resnet101")(pixels)[0], expected)
+    assert torch.equal(PixelNormalization("efficientnet_lite2")(pixels)[0], expected)
     own = transforms.Normalize([127 / 255] * 3, [128 / 255] * 3)(transforms.ToTensor()(image))
-    assert torch.equal(Pixels("efficientnet_lite2", "backbone")(pixels)[0], own)
+    assert torch.equal(PixelNormalization("efficientnet_lite2", "backbone")(pixels)[0], own)
     assert not torch.allclose(own, expected)
 
 

@@ -9,7 +9,8 @@ from helpers import SMALL_RUN, feature_arrays, flags, run_training, write_featur
 
 from scegg.features.reader import open_features
 from scegg.method.evaluation import Scores
-from scegg.method.selection import Selection, validation_split
+from scegg.datasets.splits import validation_split
+from scegg.method.selection import Selection
 from util import UserError
 
 

@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import results
 from util import UserError
-from scegg.datasets.xlsa17 import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS
 
 METRICS = ("acc_zs", "acc_unseen", "acc_seen", "H")
 FULL = {"split_fingerprint": "62d41356ed4d", "full_published_split": True, "backbone": "resnet101"}

@@ -17,7 +17,7 @@ import visualize
 from model import LEN
 from util import UserError
 from visualize import PER_CLASS, attend, attribute_title, class_title, dataset_images, image_files, load_run, tsne_panels
-from scegg.datasets.xlsa17 import Split
+from scegg.datasets.splits import Split
 
 SIZE = 64
 

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from helpers import ROOT, feature_arrays
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scegg.datasets import toy
-from scegg.features.backbones import image_transform
+from helpers import ROOT, feature_arrays
 from scegg.config import Config, read_config
-from scegg.features.reader import open_features
-from preprocessing import Images, Unreadable
-from util import UserError
+from scegg.datasets import toy
+from scegg.datasets.splits import check_split
 from scegg.datasets.word_vectors import read_vectors
-from scegg.datasets.xlsa17 import check_split, read_dataset
+from scegg.datasets.xlsa17 import read_dataset
+from scegg.features.images import Images, Unreadable, image_transform
+from scegg.features.reader import open_features
+from util import UserError
 
 TIMES = int(os.environ.get("SCEGG_FUZZ", 1))
 SECONDS = 20  # that one case may take on a busy machine

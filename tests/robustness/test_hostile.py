@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from helpers import ROOT, feature_arrays, write_features
 from PIL import Image
 
-from scegg.datasets import toy
-from scegg.features.backbones import image_transform, read_state
-from scegg.run.checkpoint import read_checkpoint
+from helpers import ROOT, feature_arrays, write_features
 from scegg.config import read_config
-from scegg.features.reader import open_features
-from preprocessing import Images, Unreadable
-from util import UserError
-from visualize import Trained, dataset_images, load_run, read_crop
+from scegg.datasets import toy
 from scegg.datasets.word_vectors import read_vectors
 from scegg.datasets.xlsa17 import read_dataset
+from scegg.features.backbones import read_state
+from scegg.features.images import Images, Unreadable, image_transform
+from scegg.features.reader import open_features
+from scegg.run.checkpoint import read_checkpoint
+from util import UserError
+from visualize import Trained, dataset_images, load_run, read_crop
 
 
 class Hostile:

@@ -15,17 +15,18 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, feature_arrays, write_features
 
 import preprocessing
-from scegg.datasets import toy
 import util
-from scegg.features.backbones import Pixels
+from helpers import ROOT, feature_arrays, write_features
+from scegg.datasets import toy
+from scegg.features.extract import Backbone
+from scegg.features.feature_file import create_maps
+from scegg.features.images import PixelNormalization
+from scegg.features.parts import Parts
 from scegg.features.reader import open_features
 from scegg.features.storage import FlatCache
-from preprocessing import Backbone
 from util import UserError, atomic_path, locked
-from scegg.features.parts import Parts, create_maps
 
 # imports torch once and forks a process for every line of JSON, its arguments: tells its process id, then its exit status
 SERVER = """
@@ -215,7 +216,7 @@ class Crowded(torch.nn.Module):
 
 def test_a_full_gpu_gets_fewer_images_at_once(capsys):
     images = torch.randint(256, (9, 3, 4, 4), dtype=torch.uint8)
-    make = lambda most: Backbone(Pixels("resnet101"), Crowded(most), torch.device("cpu"), torch.float32, 9)
+    make = lambda most: Backbone(PixelNormalization("resnet101"), Crowded(most), torch.device("cpu"), torch.float32, 9)
     crowded = make(2)
     assert torch.equal(crowded(images), make(9)(images)) and crowded.at_once == 2
     assert torch.equal(crowded(images[:1]), make(9)(images[:1]))
@@ -289,6 +290,6 @@ def test_errors_are_one_printable_line(capsys):
 
 def test_a_child_that_crashes_or_hangs_is_told():
     limit = resource.getrlimit(resource.RLIMIT_CORE)
-    assert util.outlives(lambda: None, 5) and util.outlives(lambda: 1 / 0, 5)
-    assert not util.outlives(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5) and not util.outlives(lambda: time.sleep(9), 1)
+    assert util.survives(lambda: None, 5) and util.survives(lambda: 1 / 0, 5)
+    assert not util.survives(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5) and not util.survives(lambda: time.sleep(9), 1)
     assert resource.getrlimit(resource.RLIMIT_CORE) == limit

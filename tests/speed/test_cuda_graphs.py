@@ -10,7 +10,7 @@ from helpers import ROOT, SMALL_RUN, flags, run_training
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from scegg.config import read_config
-from scegg.features.reader import BalancedSampler
+from scegg.features.sampler import BalancedSampler
 from scegg.method.eggn import EGGN, draw_iteration
 from scegg.method.evaluation import fit_softmax
 from scegg.speed.cuda_graphs import WARM_UP, GraphedStep, graphed

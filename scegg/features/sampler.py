@@ -1,0 +1,29 @@
+"""Class-balanced batches."""
+
+import torch
+from torch import Tensor
+
+
+class BalancedSampler:
+    """Class-balanced batches of positions in trainval (section 5).
+
+    A batch holds min(Cs, B) distinct seen classes and max(B // Cs, 1) images of each, drawn with replacement; it need
+    not hold B images (AWA2: 40), `batch_size` is what it does hold. labels (n,) of trainval.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int):
+        order = labels.argsort(stable=True)
+        _, counts = labels.unique(return_counts=True)
+        self.order, self.counts = order, counts
+        self.first = counts.cumsum(0) - counts  # where each class starts in `order`
+        self.classes = min(len(counts), batch_size)
+        self.images = max(batch_size // len(counts), 1)
+        self.batch_size = self.classes * self.images
+
+    def draw(self, batches: int) -> Tensor:
+        """Positions (batches, batch_size), all drawn at once from torch's CPU generator."""
+        classes = torch.rand(batches, len(self.counts)).argsort(dim=1)[:, :self.classes, None]
+        uniform = torch.rand(batches, self.classes, self.images)
+        # float32 rounding can carry uniform * count up to count itself
+        within = torch.minimum((uniform * self.counts[classes]).long(), self.counts[classes] - 1)
+        return self.order[self.first[classes] + within].flatten(1)
