@@ -22,7 +22,8 @@ from scegg.features.feature_file import FILTERS, feature_file, write_annotations
 from scegg.features.images import Images, PixelNormalization, check_images, image_transform
 from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, rank_of_ranks, sole_job, wait_for_all_ranks
-from util import FlagParser, UserError, exit_on_user_error, keep_freed_memory, pick_device
+from scegg.speed.allocator import keep_freed_memory
+from util import FlagParser, UserError, exit_on_user_error, pick_device
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -42,9 +42,12 @@ from scegg.method.evaluation import evaluate
 from benchmarks.flop import SIZES, Size, critic_flop, generator_flop, linear_flop, scen_flop
 from scegg.speed.cuda_graphs import WARM_UP, graphed
 from model import SCEN, global_classifier
-from scegg.speed.onednn import fast_products
-from scegg.method.scen import Embedding, classifier_step, rmsprop, scen_step
-from util import FlagParser, exit_on_user_error, keep_freed_memory, pick_device, write_text
+from scegg.speed.onednn import fast_matmul
+from scegg.method.embeddings import Embedding
+from scegg.method.losses import classifier_step
+from scegg.method.scen import rmsprop, scen_step
+from scegg.speed.allocator import keep_freed_memory
+from util import FlagParser, exit_on_user_error, pick_device, write_text
 from scegg.features.parts import MapWriter, Parts
 from scegg.datasets.xlsa17 import read_dataset
 
@@ -272,7 +275,7 @@ def size_of(features: Features, batch: int) -> Size:
 def ours(call: Callable, device: torch.device) -> Callable:
     """The call as training makes it: with the products that suit the device."""
     def run():
-        with fast_products(device):
+        with fast_matmul(device):
             call()
     return run
 

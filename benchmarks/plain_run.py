@@ -19,7 +19,7 @@ from scegg.config import parse_flags, read_config
 from scegg.features.reader import open_features
 from scegg.method.eggn import EGGN
 from model import SCEN, global_classifier
-from scegg.method.scen import Embedding
+from scegg.method.embeddings import Embedding
 from scegg.run.pipeline import SPLITS
 from util import FlagParser, exit_on_user_error, peak_memory_gb, write_text
 

@@ -17,6 +17,11 @@ SUN = Path(__file__).resolve().parents[1] / "wandb_config" / "sun_gzsl.yaml"
 KEYS = {ours: theirs for theirs, ours in parity.SCEN_NAMES.items()}
 
 
+def published_eggn_name(name):
+    """The published file calls the feedback network F."""
+    return name.replace("Fb.", "F.", 1)
+
+
 def snapshot(prefix, module, names=lambda name: name):
     return {f"{prefix}/{names(name)}": value.detach().clone() for name, value in module.named_parameters()}
 
@@ -58,7 +63,7 @@ def distillation_part(classifier, x, S):
 
 def eggn_part(eggn, x, y, unseen, B, iterations, logged_gamma):
     config, T, K = eggn.config, eggn.config.critic_iter, eggn.att.shape[1]
-    out, rows = snapshot("eggn/param", eggn), []
+    out, rows = snapshot("eggn/param", eggn, published_eggn_name), []
     for i in range(iterations * config.feedback_loop):
         index, eps, alpha = torch.randint(len(x), (T + 1, B)), torch.randn(T + 1, B, K), torch.rand(T, B, 1)
         unseen_y, noise = unseen[torch.randint(len(unseen), (B,))], torch.randn(B, K)
@@ -69,7 +74,7 @@ def eggn_part(eggn, x, y, unseen, B, iterations, logged_gamma):
         rows.append({"batch_index": index, "eps": eps, "alpha": alpha, "unseen_label": unseen_y[None], "noise": noise[None],
                      "log": losses[None], "lambda1": eggn.lambda1.clone()[None]})
     out |= {f"eggn/{key}": torch.cat([row[key] for row in rows]) for key in rows[0]}
-    return out | snapshot("eggn/param_after", eggn)
+    return out | snapshot("eggn/param_after", eggn, published_eggn_name)
 
 
 def write(path, seed=0, B=7, C=9, Cs=6, K=11, D=24, side=3, hidden=20, distill_hidden=32, n=40, iterations=2, log_gamma=False, **changes):
@@ -100,7 +105,7 @@ def write(path, seed=0, B=7, C=9, Cs=6, K=11, D=24, side=3, hidden=20, distill_h
     with torch.no_grad():
         noise, a = torch.randn(4, K), att[unseen[-1]].expand(4, K)
         fake = eggn.G(noise, a)
-        fake = eggn.G.output(eggn.G.hidden(noise, a) + config.a2 * eggn.F(eggn.Dec.hidden(fake)))
+        fake = eggn.G.output(eggn.G.hidden(noise, a) + config.a2 * eggn.Fb(eggn.Dec.hidden(fake)))
         target, predicted = torch.randint(C, (2, 60))
         arrays |= {"classifier/input": eggn.Dec.classifier_input(test_x), "synth/noise": noise, "synth/feature": fake,
                    "metric/target": target, "metric/pred": predicted,

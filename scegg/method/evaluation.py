@@ -1,4 +1,5 @@
-"""The field's metrics, and the softmax classifiers that turn synthetic features into CZSL and GZSL accuracies."""
+"""Accuracies: the field's metrics, and the softmax classifiers behind CZSL and GZSL (section 6)."""
+
 from typing import NamedTuple
 
 import torch
@@ -6,17 +7,23 @@ from torch import Tensor, nn
 
 from scegg.config import Config
 from scegg.method.eggn import EGGN
+from scegg.method.embeddings import Embedding
+from scegg.method.losses import LossMeter, classifier_step
 from scegg.speed.cuda_graphs import graphed
-from scegg.method.scen import Embedding, LossMeter, classifier_step
+
+# ---- metrics (section 1)
 
 
 def per_class_accuracy(target: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Mean over the classes that occur in `target` of the top-1 accuracy inside each (section 1).
+    """Mean over the classes that occur in `target` of the top-1 accuracy inside each.
 
-    target, predicted (n,) integer labels below `classes`. Returns a scalar in [0, 1] on their device, 0 when empty.
+    target, predicted (n,) integer labels below `classes`.
+    Returns a scalar in [0, 1] on their device, 0 when empty.
     """
-    total = torch.zeros(classes, device=target.device).index_add_(0, target, torch.ones_like(target, dtype=torch.float))
-    hits = torch.zeros(classes, device=target.device).index_add_(0, target, (target == predicted).float())
+    ones = torch.ones_like(target, dtype=torch.float)
+    total = torch.zeros(classes, device=target.device).index_add_(0, target, ones)
+    hits = torch.zeros(classes, device=target.device)
+    hits = hits.index_add_(0, target, (target == predicted).float())
     return (hits / total.clamp(min=1)).sum() / (total > 0).sum().clamp(min=1)
 
 
@@ -27,7 +34,8 @@ def harmonic_mean(unseen, seen):
 
 
 class Metrics(NamedTuple):
-    """Accuracies in per cent; the GZSL three are None in a run that evaluates CZSL alone."""
+    """Accuracies in per cent; those of GZSL are None in a run that evaluates CZSL alone."""
+
     acc_zs: float
     acc_unseen: float | None
     acc_seen: float | None
@@ -38,83 +46,149 @@ def in_percent(acc_zs, gzsl=None) -> Metrics:
     """Metrics of fractions: acc_zs and, if GZSL was evaluated, (U, S)."""
     if gzsl is None:
         return Metrics(100 * float(acc_zs), None, None, None)
+
     U, S = (100 * float(value) for value in gzsl)
     return Metrics(100 * float(acc_zs), U, S, harmonic_mean(U, S))
 
 
+def logits_metrics(
+    test_unseen: Tensor, y_unseen: Tensor, test_seen: Tensor, y_seen: Tensor, unseen: Tensor
+) -> Metrics:
+    """Metrics of plain class logits: SCEN's local ones, or the distilled classifier's.
+
+    test_unseen, test_seen (n, C) logits with their labels (n,); unseen (Cu,) the unseen labels.
+    """
+    C = test_unseen.shape[1]
+    czsl = unseen[test_unseen[:, unseen].argmax(dim=1)]
+    U = per_class_accuracy(y_unseen, test_unseen.argmax(dim=1), C)
+    S = per_class_accuracy(y_seen, test_seen.argmax(dim=1), C)
+    return in_percent(per_class_accuracy(y_unseen, czsl, C), (U, S))
+
+
 class Scores(NamedTuple):
-    """What the softmax classifiers reach after each of their E epochs, as fractions. czsl (E,); gzsl (E, 2) holds U and S,
-    or is None; linear: the GZSL classifier after its last epoch, to draw the seen-unseen curve from."""
+    """What the softmax classifiers reach after each of their E epochs, as fractions.
+
+    czsl (E,); gzsl (E, 2) holds U and S, or is None; linear: the GZSL classifier after its last
+    epoch, to draw the seen-unseen curve from.
+    """
+
     czsl: Tensor
     gzsl: Tensor | None
     linear: nn.Linear | None
 
     def best_epochs(self) -> tuple[int, int]:
-        """The classifier epochs (from 0) with the best acc_zs and with the best H (0 without GZSL)."""
-        return int(self.czsl.argmax()), 0 if self.gzsl is None else int(harmonic_mean(*self.gzsl.T).argmax())
+        """The classifier epochs, from 0, of the best acc_zs and of the best H (0 without GZSL)."""
+        best_gzsl = 0 if self.gzsl is None else int(harmonic_mean(*self.gzsl.T).argmax())
+        return int(self.czsl.argmax()), best_gzsl
 
     def metrics(self, czsl_epoch: int = -1, gzsl_epoch: int = -1) -> Metrics:
         """The metrics after given classifier epochs, by default the last ones."""
-        return in_percent(self.czsl[czsl_epoch], None if self.gzsl is None else self.gzsl[gzsl_epoch])
+        gzsl = None if self.gzsl is None else self.gzsl[gzsl_epoch]
+        return in_percent(self.czsl[czsl_epoch], gzsl)
 
 
-def logits_metrics(test_unseen: Tensor, y_unseen: Tensor, test_seen: Tensor, y_seen: Tensor, unseen: Tensor) -> Metrics:
-    """CZSL and GZSL accuracies of plain class logits (n, C): SCEN's local ones, or the distilled classifier's."""
-    C = test_unseen.shape[1]
-    czsl = unseen[test_unseen[:, unseen].argmax(dim=1)]
-    return in_percent(per_class_accuracy(y_unseen, czsl, C),
-                      (per_class_accuracy(y_unseen, test_unseen.argmax(dim=1), C),
-                       per_class_accuracy(y_seen, test_seen.argmax(dim=1), C)))
+# ---- the softmax classifiers
 
 
-def fit_softmax(x: Tensor, y: Tensor, classes: int, config: Config, score) -> tuple[Tensor, nn.Linear]:
+def fit_softmax(
+    x: Tensor, y: Tensor, classes: int, config: Config, score
+) -> tuple[Tensor, nn.Linear]:
     """Train a linear softmax classifier on x (n, d), y (n,) < classes; score it after every epoch.
 
-    Weights N(0, 0.02), Adam(classifier_lr, betas (0.5, 0.999)), batches of syn_num (section 6). score(linear) returns
-    a tensor. Returns those of all epochs, stacked, still on the device, and the classifier.
+    Weights N(0, 0.02), Adam(classifier_lr, betas (0.5, 0.999)), batches of syn_num. score(linear)
+    returns a tensor. Returns those of all epochs, stacked, on the device, and the classifier.
     """
     linear = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.normal_(linear.weight, 0.0, 0.02)
     nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.Adam(linear.parameters(), lr=config.classifier_lr, betas=(0.5, 0.999), fused=True, capturable=x.is_cuda)
-    step = graphed(lambda batch: classifier_step(linear, optimizer, x.index_select(0, batch), y[batch]), linear, [optimizer])
+    optimizer = torch.optim.Adam(
+        linear.parameters(),
+        lr=config.classifier_lr,
+        betas=(0.5, 0.999),
+        fused=True,
+        capturable=x.is_cuda,
+    )
+
+    def step_on(batch: Tensor) -> Tensor:
+        return classifier_step(linear, optimizer, x.index_select(0, batch), y[batch])
+
+    step = graphed(step_on, linear, [optimizer])
     meter, scores = LossMeter("the softmax classifier", "loss"), []
     for _ in range(config.classifier_epochs):
         for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):
             meter.add(step(batch))
         with torch.no_grad():
             scores.append(score(linear))
-    meter.read()
+
+    meter.read()  # raises at a loss that is not finite
     return torch.stack(scores), linear
 
 
-def evaluate(eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config) -> Scores:
-    """Synthesise unseen features, train the classifiers on them and score these after every epoch (section 6).
+def evaluate(
+    eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
+) -> Scores:
+    """Synthesise unseen features, train the classifiers on them, score these after every epoch.
 
-    CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen, all classes.
+    CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
+    all classes. embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
     """
-    trainval, test_seen, test_unseen = (embeddings[name] for name in ("trainval", "test_seen", "test_unseen"))
-    C = len(eggn.att)
+    trainval, test_unseen = embeddings["trainval"], embeddings["test_unseen"]
     fake, fake_y = eggn.synthesize_classes(unseen, config.syn_num)
-    fake, real_unseen = eggn.classifier_input(fake), eggn.classifier_input(test_unseen.x)
-    unseen_target = torch.searchsorted(unseen, test_unseen.y)
+    fake = eggn.classifier_input(fake)
+    real_unseen = eggn.classifier_input(test_unseen.x)
 
-    def czsl(linear):
-        return per_class_accuracy(unseen_target, linear(real_unseen).argmax(dim=1), len(unseen))
-
-    acc_zs, _ = fit_softmax(fake, torch.searchsorted(unseen, fake_y), len(unseen), config, czsl)
+    czsl = czsl_scores(fake, fake_y, real_unseen, test_unseen.y, unseen, config)
     if not config.gzsl:
-        return Scores(acc_zs, None, None)
+        return Scores(czsl, None, None)
 
-    real_seen = eggn.classifier_input(test_seen.x)
-    bias = config.seen_bias * seen_columns(C, unseen)
-
-    def gzsl(linear):
-        return torch.stack([per_class_accuracy(test_unseen.y, (linear(real_unseen) - bias).argmax(dim=1), C),
-                            per_class_accuracy(test_seen.y, (linear(real_seen) - bias).argmax(dim=1), C)])
-
+    test_seen = embeddings["test_seen"]
+    tests = {
+        "unseen": (real_unseen, test_unseen.y),
+        "seen": (eggn.classifier_input(test_seen.x), test_seen.y),
+    }
     train_x = torch.cat([eggn.classifier_input(trainval.x), fake])
-    return Scores(acc_zs, *fit_softmax(train_x, torch.cat([trainval.y, fake_y]), C, config, gzsl))
+    train_y = torch.cat([trainval.y, fake_y])
+    gzsl, linear = gzsl_scores(train_x, train_y, tests, unseen, len(eggn.att), config)
+    return Scores(czsl, gzsl, linear)
+
+
+def czsl_scores(
+    fake: Tensor, fake_y: Tensor, real: Tensor, real_y: Tensor, unseen: Tensor, config: Config
+) -> Tensor:
+    """acc_zs (E,) after each epoch of a classifier of the unseen classes.
+
+    fake, real (n, d) classifier inputs: synthetic ones to train on, test images to score.
+    """
+    target = torch.searchsorted(unseen, real_y)
+
+    def score(linear: nn.Linear) -> Tensor:
+        return per_class_accuracy(target, linear(real).argmax(dim=1), len(unseen))
+
+    scores, _ = fit_softmax(
+        fake, torch.searchsorted(unseen, fake_y), len(unseen), config, score
+    )
+    return scores
+
+
+def gzsl_scores(
+    train_x: Tensor, train_y: Tensor, tests: dict, unseen: Tensor, classes: int, config: Config
+) -> tuple[Tensor, nn.Linear]:
+    """(U, S) (E, 2) after each epoch of a classifier of all classes, and the last classifier.
+
+    tests: "unseen" and "seen" -> (classifier inputs (n, d), labels (n,)).
+    """
+    bias = config.seen_bias * seen_columns(classes, unseen)
+
+    def accuracy(linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
+        return per_class_accuracy(y, (linear(x) - bias).argmax(dim=1), classes)
+
+    def score(linear: nn.Linear) -> Tensor:
+        return torch.stack([accuracy(linear, *tests["unseen"]), accuracy(linear, *tests["seen"])])
+
+    return fit_softmax(train_x, train_y, classes, config, score)
+
+
+# ---- the seen-unseen curve
 
 
 def seen_columns(classes: int, unseen: Tensor) -> Tensor:
@@ -123,34 +197,58 @@ def seen_columns(classes: int, unseen: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def seen_unseen_curve(eggn: EGGN, linear: nn.Linear, embeddings: dict[str, Embedding], unseen: Tensor) -> Tensor:
-    """Calibrated stacking's curve: (seen_bias, S, U) for every bias at which an image changes sides (n + 1, 3).
+def seen_unseen_curve(
+    eggn: EGGN, linear: nn.Linear, embeddings: dict[str, Embedding], unseen: Tensor
+) -> Tensor:
+    """Calibrated stacking's curve: (seen_bias, S, U) at every bias where an image changes sides.
 
-    Taking a bias from the seen classes' logits sends an image to the best unseen class as soon as the bias passes its
-    margin, best seen logit - best unseen logit. So each image adds its share to S, if its best seen class is right, for
-    biases below its margin, and to U above it; sorting the margins gives all operating points at once. The first row is
-    a bias of -infinity, where nothing is unseen; S and U are fractions.
+    A bias, taken from the seen classes' logits, sends an image to the best unseen class once it
+    passes the image's margin: best seen logit - best unseen logit. So each image adds its share to
+    S (if its best seen class is right) for biases below its margin, and to U above it. Sorting the
+    margins gives all operating points at once.
+
+    Returns (n + 1, 3) on the host. The first row is a bias of -infinity, where nothing is unseen;
+    S and U are fractions.
     """
     is_seen = seen_columns(len(eggn.att), unseen) > 0
+    test_seen, test_unseen = embeddings["test_seen"], embeddings["test_unseen"]
+    seen_logits = linear(eggn.classifier_input(test_seen.x))
+    unseen_logits = linear(eggn.classifier_input(test_unseen.x))
 
-    def margins_and_shares(split: Embedding, group: Tensor):
-        """Of each image: margin, and 1 / (images of its class x classes) if its best class of `group` is right, else 0."""
-        logits = linear(eggn.classifier_input(split.x))
-        outside = lambda mask: logits.masked_fill(mask, -torch.inf)
-        margin = outside(~is_seen).amax(dim=1) - outside(is_seen).amax(dim=1)
-        counts = torch.bincount(split.y, minlength=logits.shape[1])
-        hit = outside(~group).argmax(dim=1) == split.y
-        return margin.double(), hit.double() / counts[split.y] / (counts > 0).sum()
+    seen_share = shares(seen_logits, test_seen.y, is_seen)
+    unseen_share = shares(unseen_logits, test_unseen.y, ~is_seen)
+    margin, order = torch.cat(
+        [margins(seen_logits, is_seen), margins(unseen_logits, is_seen)]
+    ).sort()
 
-    seen_margin, seen_share = margins_and_shares(embeddings["test_seen"], is_seen)
-    unseen_margin, unseen_share = margins_and_shares(embeddings["test_unseen"], ~is_seen)
-    margin, order = torch.cat([seen_margin, unseen_margin]).sort()
+    lost = torch.cat([seen_share, torch.zeros_like(unseen_share)])[order].cumsum(0)
+    won = torch.cat([torch.zeros_like(seen_share), unseen_share])[order].cumsum(0)
+    S = (seen_share.sum() - lost).clamp(min=0)
     start = torch.stack([margin.new_tensor(-torch.inf), seen_share.sum(), margin.new_zeros(())])
-    S = start[1] - torch.cat([seen_share, torch.zeros_like(unseen_share)])[order].cumsum(0)
-    U = torch.cat([torch.zeros_like(seen_share), unseen_share])[order].cumsum(0)
-    return torch.cat([start[None], torch.stack([margin, S.clamp(min=0), U], dim=1)]).cpu()
+    return torch.cat([start[None], torch.stack([margin, S, won], dim=1)]).cpu()
+
+
+def margins(logits: Tensor, is_seen: Tensor) -> Tensor:
+    """Best seen logit - best unseen logit (n,) of logits (n, C)."""
+    best_seen = logits.masked_fill(~is_seen, -torch.inf).amax(dim=1)
+    best_unseen = logits.masked_fill(is_seen, -torch.inf).amax(dim=1)
+    return (best_seen - best_unseen).double()
+
+
+def shares(logits: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """What each image (n,) adds to the accuracy if its best class of `group` (C,) is right, else 0.
+
+    That is 1 / (images of its class x classes).
+    """
+    counts = torch.bincount(y, minlength=logits.shape[1])
+    hit = logits.masked_fill(~group, -torch.inf).argmax(dim=1) == y
+    return hit.double() / counts[y] / (counts > 0).sum()
 
 
 def area_under(curve: Tensor) -> float:
-    """AUSUC of a seen-unseen curve (n, 3): the integral of S over U, in [0, 1] (Chao et al., 2016)."""
+    """AUSUC of a seen-unseen curve (n, 3): the integral of S over U, in [0, 1].
+
+    Source: Chao et al., An Empirical Study and Analysis of Generalized Zero-Shot Learning for
+    Object Recognition in the Wild, ECCV 2016.
+    """
     return torch.trapezoid(curve[:, 1], curve[:, 2]).item()

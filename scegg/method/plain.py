@@ -51,7 +51,7 @@ def generate(eggn, z, a, feedback):
     fake = eggn.G(z, a)
     if feedback:
         decoder_hidden = eggn.Dec.hidden(fake).detach()
-        fake = eggn.G.output(eggn.G.hidden(z, a) + eggn.config.a1 * eggn.F(decoder_hidden))
+        fake = eggn.G.output(eggn.G.hidden(z, a) + eggn.config.a1 * eggn.Fb(decoder_hidden))
     return fake
 
 
@@ -88,7 +88,7 @@ def generator_step(eggn, x, y, eps, unseen_y, noise, feedback):
                config.recons_weight]
     total = sum(weight * term for weight, term in zip(weights, terms))
     total.backward()
-    names = ["E", "G"] + ([] if config.freeze_dec else ["Dec"]) + (["F"] if feedback else [])
+    names = ["E", "G"] + ([] if config.freeze_dec else ["Dec"]) + (["Fb"] if feedback else [])
     for name in names:
         eggn.optimizers[name].step()
     return torch.stack([*terms, total]).detach()

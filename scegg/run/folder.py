@@ -1,11 +1,11 @@
-"""A run's folder and its mirror in Weights & Biases: config, metrics line by line, summary, weights."""
+"""A run's folder and its mirror in Weights & Biases: config, log, summary, weights."""
+
 import contextlib
 import dataclasses
 import datetime
 import json
 import os
 import secrets
-import subprocess
 from pathlib import Path
 
 import wandb
@@ -14,11 +14,23 @@ from scegg.config import RUN_FACTS, Config, config_yaml
 from util import UserError, locked, save_tensors, write_text
 
 PROJECT = "SCEGG"
-MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}  # W&B's, old names among them
+# W&B's modes, its old names among them
+MODES = {
+    "online": "online",
+    "offline": "offline",
+    "disabled": "disabled",
+    "run": "online",
+    "dryrun": "offline",
+}
+
+# ---- Weights & Biases
 
 
 def wandb_mode(flag: str | None) -> str:
-    """--wandb, else WANDB_MODE, else online if somebody is logged in and offline if not: it never prompts."""
+    """The flag, else WANDB_MODE, else online if somebody is logged in and offline if not.
+
+    It never prompts. Raises UserError for a WANDB_MODE that W&B does not have.
+    """
     mode = flag or os.environ.get("WANDB_MODE")
     if mode in MODES:
         return MODES[mode]
@@ -36,41 +48,54 @@ def logged_in() -> bool:
         return False
 
 
-def git_commit() -> str | None:
-    """The commit of this code, with "+changes" if the tree differs from it; None outside a git checkout."""
-    here = Path(__file__).resolve().parents[2]
+def start_wandb(folder: Path, config: Config, dataset: str, mode: str, wandb_id: str):
+    """W&B's run of a folder; offline where W&B cannot be reached."""
+    facts = dict(zip(RUN_FACTS, [dataset], strict=True))
+    settings = {
+        "project": PROJECT,
+        "name": folder.name,
+        "id": wandb_id,
+        "resume": "allow",
+        "dir": str(folder),
+        "config": dataclasses.asdict(config) | facts,
+    }
     try:
-        run = lambda *words: subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout
-        return run("rev-parse", "HEAD").strip() + ("+changes" if run("status", "--porcelain", "-uno").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        return wandb.init(mode=mode, **settings)
+    except wandb.errors.Error as error:
+        print(f"W&B could not be reached ({error}): logging offline")
+        return wandb.init(mode="offline", **settings)
 
 
-class Run:
-    """One training run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json and model.pt.
+# ---- the folder
 
-    folder: of a new run (`new_folder`) or of one to go on with; logged: bytes of its metrics.jsonl that belong to the
-    checkpoint it goes on from, what stands behind them is cut off and will be logged again. wandb_id: its id there, which
-    a sweep's agent gives and a resumed run keeps.
+
+class RunFolder:
+    """One run: runs/<dataset>-<time>-<id>/ with config.yaml, metrics.jsonl, summary.json, model.pt.
+
+    path: of a new run (`new_folder`), or of one to continue. logged: bytes of its metrics.jsonl
+    that belong to the checkpoint it continues from; what stands behind them is cut off and will be
+    logged again. wandb_id: its id there, which a sweep's agent gives and a resumed run keeps.
+    Raises UserError for a metrics.jsonl that is shorter than `logged`.
     """
 
-    def __init__(self, folder: Path, config: Config, dataset: str, mode: str, wandb_id: str, logged: int = 0):
-        self.folder = folder
-        if not (folder / "config.yaml").is_file():
-            write_text(folder / "config.yaml", config_yaml(config))
-        self.metrics = open(folder / "metrics.jsonl", "ab+")
+    def __init__(
+        self, path: Path, config: Config, dataset: str, mode: str, wandb_id: str, logged: int = 0
+    ):
+        self.path = path
+        if not (path / "config.yaml").is_file():
+            write_text(path / "config.yaml", config_yaml(config))
+
+        self.metrics = open(path / "metrics.jsonl", "ab+")  # noqa: SIM115, open for the run
         if self.metrics.tell() < logged:
-            raise UserError(f"{folder / 'metrics.jsonl'} is shorter than when the checkpoint was made: it was changed; start the run anew")
+            raise UserError(
+                f"{path / 'metrics.jsonl'} is shorter than when the checkpoint was made: it was "
+                "changed; start the run anew"
+            )
         self.metrics.truncate(logged)
         self.metrics.seek(0)
         self.lines = sum(1 for _ in self.metrics)
-        settings = dict(project=PROJECT, name=folder.name, id=wandb_id, resume="allow", dir=str(folder),
-                        config=dataclasses.asdict(config) | dict(zip(RUN_FACTS, [dataset], strict=True)))
-        try:
-            self.wandb = wandb.init(mode=mode, **settings)
-        except wandb.errors.Error as error:
-            print(f"W&B could not be reached ({error}): logging offline")
-            self.wandb = wandb.init(mode="offline", **settings)
+
+        self.wandb = start_wandb(path, config, dataset, mode, wandb_id)
 
     def log(self, stage: str, values: dict):
         """One line of metrics.jsonl, and the same values to W&B."""
@@ -85,8 +110,8 @@ class Run:
         return self.metrics.tell()
 
     def save_weights(self, state: dict):
-        """model.pt: tensors, numbers and texts only, so that torch.load(weights_only=True) reads it."""
-        save_tensors(self.folder / "model.pt", state)
+        """model.pt: tensors, numbers and texts, which torch.load(weights_only=True) reads."""
+        save_tensors(self.path / "model.pt", state)
 
     def log_picture(self, name: str, path: Path):
         """A picture of the run's folder, to W&B."""
@@ -94,42 +119,58 @@ class Run:
 
     def finish(self, summary: dict):
         """summary.json and W&B's summary; the checkpoint has done its work."""
-        write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
         self.wandb.summary.update(summary)
 
     def close(self, exit_code: int):
         """The end of the logs; exit_code 0 where the run is finished."""
-        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+        with contextlib.suppress(OSError):  # a full disk was told of when it was written to
             self.metrics.close()
         self.wandb.finish(exit_code=exit_code)
 
 
 def new_folder(root: Path, dataset: str) -> Path:
-    """Make the folder of a new run; raises UserError where it cannot be made."""
+    """Make the folder of a new run. Raises UserError where it cannot be made."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = root / f"{dataset}-{stamp}-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"the run's folder {folder} could not be made ({error.strerror}): name another place with --runs") from None
+        raise UserError(
+            f"the run's folder {folder} could not be made ({error.strerror}): name another place "
+            "with --runs"
+        ) from None
     return folder
 
 
 def folder_to_resume(root: Path, dataset: str, name: str) -> Path:
-    """The folder of the run `name` (a path, or a folder in root), or of the last unfinished run of a dataset if it is "".
+    """The folder of the run `name`: a path, or a folder in root.
 
-    Raises UserError when there is none, or it is finished.
+    "" means the last unfinished run of a dataset.
+    Raises UserError when there is none, or when it is finished.
     """
     if not name:
-        found = sorted(root.glob(f"{dataset}-*/checkpoint.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for folder in (path.parent for path in found if not (path.parent / "summary.json").exists()):
-            with contextlib.suppress(UserError), locked(folder / ".lock", "training it"):  # not one that is being trained
-                return folder
-        raise UserError(f"{root} has no unfinished run of {dataset} to resume")
+        return last_unfinished(root, dataset)
+
     folder = Path(name) if Path(name).is_dir() else root / name
     if not folder.is_dir():
         raise UserError(f"--resume {name}: there is no such run, here or in {root}")
     if (folder / "summary.json").is_file():
-        raise UserError(f"--resume {name}: this run is finished, its numbers are in {folder / 'summary.json'}")
+        raise UserError(
+            f"--resume {name}: this run is finished, its numbers are in {folder / 'summary.json'}"
+        )
     return folder
+
+
+def last_unfinished(root: Path, dataset: str) -> Path:
+    """The unfinished run of a dataset that was saved last, and that no process is training."""
+    checkpoints = list(root.glob(f"{dataset}-*/checkpoint.pt"))
+    checkpoints.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+
+    for folder in (path.parent for path in checkpoints):
+        if (folder / "summary.json").exists():
+            continue
+        with contextlib.suppress(UserError), locked(folder / ".lock", "training it"):
+            return folder
+    raise UserError(f"{root} has no unfinished run of {dataset} to resume")

@@ -1,197 +1,327 @@
-"""The stages of a run, one after the other, on one split: SCEN, embedding, distillation, EGGN with its evaluations."""
+"""The stages of a run, one after the other, on one split (docs/method.md, sections 4 to 6)."""
+
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from scegg.run.checkpoint import Checkpoint
+from model import SCEN, Scaler, global_classifier
 from scegg.config import Config
+from scegg.datasets.splits import Split, validation_split
 from scegg.features.reader import Features
 from scegg.features.sampler import BalancedSampler
-from scegg.method.eggn import EGGN, LOSSES, draw_iteration
-from scegg.method.evaluation import Metrics, area_under, evaluate, logits_metrics, seen_unseen_curve
-from scegg.speed.cuda_graphs import graphed
 from scegg.features.storage import FeatureMaps, Storage
-from model import SCEN, Scaler, global_classifier
+from scegg.method.eggn import EGGN, LOSSES, Schedule, draw_iteration
+from scegg.method.embeddings import Embedding, Embeddings, embed_splits
+from scegg.method.evaluation import (
+    Metrics,
+    area_under,
+    evaluate,
+    logits_metrics,
+    seen_unseen_curve,
+)
+from scegg.method.losses import LossMeter
+from scegg.method.scen import fit_global_classifier, fit_scen
 from scegg.method.selection import Selection
-from scegg.run.summary import describe
-from scegg.method.scen import Embedding, Embeddings, LossMeter, classifier_step, distill, distill_targets, embed_splits, fit_scen, rmsprop, scen_step
-from util import UserError, seed_stream
-from scegg.datasets.splits import Split
+from scegg.run.checkpoint import Checkpoint
+from scegg.run.joint import Joint
+from scegg.run.summary import metrics_line
+from scegg.speed.cuda_graphs import graphed
+from util import seed_stream
 
 SPLITS = ("trainval", "test_seen", "test_unseen")
 
 
-class Training:
-    """The stages, one after the other, on one split. log(stage, values) logs; choice: epochs picked elsewhere (Selection)."""
+class Pipeline:
+    """The networks of a run and its stages. log(stage, values) logs.
 
-    def __init__(self, features: Features, split: Split, config: Config, device: torch.device, place: Storage,
-                 checkpoint: Checkpoint, log, choice: dict | None = None):
-        self.features, self.split, self.config, self.device, self.checkpoint, self.log = features, split, config, device, checkpoint, log
-        self.labels = {name: torch.from_numpy(split.labels[getattr(split, name)]).to(device) for name in SPLITS}
-        self.seen, self.unseen, self.att = (torch.from_numpy(array).to(device) for array in (split.seen, split.unseen, split.att))
-        self.sampler = BalancedSampler(self.labels["trainval"].cpu(), config.batch_size)
-        self.place, self.maps = place, None
-        seed_stream(config.seed, "weights")
-        self.scen = SCEN(torch.from_numpy(features.w2v), self.att.cpu(), features.shape[0], config.compose_runtime).to(device)
-        self.classifier = global_classifier(features.shape[0], config.distill_hidden, len(split.att)).to(device)
-        self.scaler = Scaler(features.shape[0]).to(device)
-        self.embeddings = Embeddings(device)
-        self.selection = Selection(config.gzsl, choice)
-        checkpoint.track(scen=self.scen, classifier=self.classifier, scaler=self.scaler, embeddings=self.embeddings)
+    choice: the epochs that are reported, where they were picked before (see `Selection`).
+    """
 
     def run(self):
-        """All stages; what a resumed run has behind it is left out."""
+        """All stages. A resumed run leaves out what it has behind it."""
         if self.config.visual_features == "cnn":
-            self.pool()
+            self.pool_features()
         else:
             self.fit_scen()
             self.embed()
             self.distill()
         self.fit_eggn()
 
-    def load_maps(self) -> dict[str, FeatureMaps]:
-        """The feature maps of each split: trainval where SCEN's steps draw from it, what is only passed through once streamed."""
-        if self.maps is None:
-            places = dict.fromkeys(SPLITS, Storage("none"))
-            if self.checkpoint.steps_done("scen") < self.config.scen_iterations or self.config.scen_schedule == "joint":
-                places["trainval"] = self.place
-                size = self.features.size(len(self.split.trainval))
-                print(f"{self.checkpoint.phase}feature maps of trainval, {size / 1e9:.2f} GB: kept {self.place}", flush=True)
-            with self.checkpoint.timed(f"{self.checkpoint.phase}read"):
-                self.maps = {name: FeatureMaps(self.features, getattr(self.split, name), self.device, place) for name, place in places.items()}
-        return self.maps
+    def __init__(
+        self,
+        features: Features,
+        split: Split,
+        config: Config,
+        device: torch.device,
+        storage: Storage,
+        checkpoint: Checkpoint,
+        log: Callable[[str, dict], None],
+        choice: dict | None = None,
+    ):
+        self.features, self.split, self.config, self.device = features, split, config, device
+        self.checkpoint, self.log = checkpoint, log
+        self.storage, self.maps = storage, None
+
+        self.labels = {
+            name: torch.from_numpy(split.labels[getattr(split, name)]).to(device)
+            for name in SPLITS
+        }
+        self.seen = torch.from_numpy(split.seen).to(device)
+        self.unseen = torch.from_numpy(split.unseen).to(device)
+        self.att = torch.from_numpy(split.att).to(device)
+        self.sampler = BalancedSampler(self.labels["trainval"].cpu(), config.batch_size)
+
+        self.make_networks()
+        self.embeddings = Embeddings(device)
+        self.selection = Selection(config.gzsl, choice)
+        checkpoint.track(
+            scen=self.scen,
+            classifier=self.classifier,
+            scaler=self.scaler,
+            embeddings=self.embeddings,
+        )
+
+    def make_networks(self):
+        """SCEN, the global classifier, and the scaler of the CNN-feature baseline."""
+        config, channels = self.config, self.features.shape[0]
+        w2v = torch.from_numpy(self.features.w2v)
+        seed_stream(config.seed, "weights")
+
+        scen = SCEN(w2v, self.att.cpu(), channels, config.compose_runtime)
+        self.scen = scen.to(self.device)
+        classifier = global_classifier(channels, config.distill_hidden, len(self.split.att))
+        self.classifier = classifier.to(self.device)
+        self.scaler = Scaler(channels).to(self.device)
+
+    # ---- stage 1, and the features it makes
 
     def fit_scen(self):
         """Stage 1: LEN and GEN jointly."""
         if self.checkpoint.steps_done("scen") < self.config.scen_iterations:
-            fit_scen(self.scen, self.load_maps()["trainval"], self.sampler, self.labels["trainval"], self.seen, self.config,
-                     self.checkpoint, self.log_iteration("scen"))
-        self.checkpoint.forget("scen_optimizer", "scen_losses")  # also those of a run that was stopped at the stage's very end
+            fit_scen(
+                self.scen,
+                self.load_maps()["trainval"],
+                self.sampler,
+                self.labels["trainval"],
+                self.seen,
+                self.config,
+                self.checkpoint,
+                self.log_iteration("scen"),
+            )
+
+        # also those of a run that was stopped at the stage's very end
+        self.checkpoint.forget("scen_optimizer", "scen_losses")
         self.scen.requires_grad_(False).eval()
 
-    def log_iteration(self, stage: str):
-        return lambda iteration, losses: self.log(stage, {"iteration": iteration} | losses)
+    def load_maps(self) -> dict[str, FeatureMaps]:
+        """The feature maps of each split.
+
+        Those of trainval stand where SCEN's steps draw from them; what is only passed through once
+        is streamed from the file.
+        """
+        if self.maps is not None:
+            return self.maps
+
+        storages = dict.fromkeys(SPLITS, Storage("none"))
+        scen_learns = self.checkpoint.steps_done("scen") < self.config.scen_iterations
+        if scen_learns or self.config.scen_schedule == "joint":
+            storages["trainval"] = self.storage
+            size = self.features.size(len(self.split.trainval))
+            print(
+                f"{self.checkpoint.phase}feature maps of trainval, {size / 1e9:.2f} GB: "
+                f"kept {self.storage}",
+                flush=True,
+            )
+
+        with self.checkpoint.timed(f"{self.checkpoint.phase}read"):
+            self.maps = {
+                name: FeatureMaps(self.features, getattr(self.split, name), self.device, storage)
+                for name, storage in storages.items()
+            }
+        return self.maps
 
     def embed(self):
-        """SCEN is frozen from here on: every image is embedded once (again only in the joint schedule)."""
-        for _ in self.checkpoint.once("embed"):
-            self.embed_all()
-            self.report("local", lambda split: split.local_logits)
+        """SCEN is frozen from here on: it embeds every image once (often in the joint schedule)."""
+
+        def embed_and_report():
+            self.embed_images()
+            self.report("local", lambda embedding: embedding.local_logits)
+
+        self.checkpoint.once("embed", embed_and_report)
         if self.config.scen_schedule == "frozen":
             self.maps = None  # the feature maps are done with
 
-    def embed_all(self):
-        """Every split's Embedding by SCEN as it is now."""
+    def embed_images(self):
+        """The Embedding of every split, by SCEN as it is now."""
         maps = self.load_maps()
-        self.embeddings.update(embed_splits(self.scen, {name: (maps[name], self.labels[name]) for name in SPLITS}))
+        splits = {name: (maps[name], self.labels[name]) for name in SPLITS}
+        self.embeddings.update(embed_splits(self.scen, splits))
 
-    def pool(self):
-        """In SCEN's place, the CNN-feature baseline: the backbone's own visual features, scaled as SCEN's are."""
-        for _ in self.checkpoint.once("pool"):
-            pooled = {name: self.features.pooled(getattr(self.split, name)).to(self.device) for name in SPLITS}
+    def pool_features(self):
+        """In SCEN's place, the CNN-feature baseline: pooled maps, scaled as SCEN's features are."""
+
+        def pool():
+            pooled = {
+                name: self.features.pooled(getattr(self.split, name)).to(self.device)
+                for name in SPLITS
+            }
             self.scaler.fit(pooled["trainval"])
             no_logits = torch.empty(0, device=self.device)
-            self.embeddings.update({name: Embedding(self.scaler(x), no_logits, self.labels[name]) for name, x in pooled.items()})
+            for name, x in pooled.items():
+                self.embeddings[name] = Embedding(self.scaler(x), no_logits, self.labels[name])
+
+        self.checkpoint.once("pool", pool)
+
+    # ---- stage 2
 
     def distill(self):
         """Stage 2: the global classifier."""
-        distill(self.classifier, self.embeddings["trainval"], self.sampler, self.config, self.checkpoint, self.log_iteration("distill"))
-        for _ in self.checkpoint.once("score"):
-            with torch.no_grad():
-                self.report("global", lambda split: self.classifier(split.x))
+        fit_global_classifier(
+            self.classifier,
+            self.embeddings["trainval"],
+            self.sampler,
+            self.config,
+            self.checkpoint,
+            self.log_iteration("distill"),
+        )
 
-    def report(self, name: str, logits):
-        """Metrics of plain logits (of a split's Embedding), printed, logged and remembered as `<name>_acc_zs` and so on."""
+        def report():
+            with torch.no_grad():
+                self.report("global", lambda embedding: self.classifier(embedding.x))
+
+        self.checkpoint.once("score", report)
+
+    def log_iteration(self, stage: str) -> Callable[[int, dict], None]:
+        """What stages 1 and 2 call with an iteration and its losses."""
+        return lambda iteration, losses: self.log(stage, {"iteration": iteration} | losses)
+
+    def report(self, name: str, logits: Callable[[Embedding], Tensor]):
+        """Metrics of a classifier's logits of an Embedding: printed, logged, and noted by name."""
         unseen, seen = self.embeddings["test_unseen"], self.embeddings["test_seen"]
         metrics = logits_metrics(logits(unseen), unseen.y, logits(seen), seen.y, self.unseen)
-        self.checkpoint.facts[f"{self.checkpoint.phase}{name}"] = metrics._asdict()
-        self.log(name, {f"{name}_{key}": value for key, value in metrics._asdict().items()})
-        print(f"{self.checkpoint.phase}{name} classifier: {describe(metrics)}", flush=True)
+
+        numbers = metrics._asdict()
+        self.checkpoint.notes[f"{self.checkpoint.phase}{name}"] = numbers
+        self.log(name, {f"{name}_{key}": value for key, value in numbers.items()})
+        print(f"{self.checkpoint.phase}{name} classifier: {metrics_line(metrics)}", flush=True)
+
+    # ---- stage 3
 
     def fit_eggn(self):
         """Stage 3: EGGN, evaluated after the epochs that count."""
-        config = self.config
-        seed_stream(config.seed, "EGGN's weights")
-        guide = None if config.visual_features == "cnn" else self.classifier
-        self.eggn = eggn = EGGN(self.features.shape[0], self.att, guide, config).to(self.device)
-        meter = LossMeter(f"{self.checkpoint.phase}stage 3 (EGGN)", *LOSSES)
-        self.checkpoint.track(eggn=eggn, eggn_losses=meter, selection=self.selection,
-                              **{f"eggn_optimizer_{name}": optimizer for name, optimizer in eggn.optimizers.items()})
-        iterate = {feedback: graphed(partial(eggn.iterate, feedback=feedback), eggn, eggn.optimizers.values()) for feedback in (False, True)}
+        config, checkpoint = self.config, self.checkpoint
+        meter = self.make_eggn()
+        iterate = {
+            feedback: graphed(
+                partial(self.eggn.iterate, feedback=feedback),
+                self.eggn,
+                self.eggn.optimizers.values(),
+            )
+            for feedback in (False, True)
+        }
+
         a_pass = -(-len(self.labels["trainval"]) // self.sampler.batch_size)
-        an_epoch = a_pass * config.feedback_loop
-        total = config.nepoch * an_epoch
-        joint = Joint(self, total) if config.scen_schedule == "joint" and total else None
-        for step in self.checkpoint.steps("eggn", total, config.checkpoint_every, "iteration"):
-            epochs_done, within = divmod(step - 1, an_epoch)
-            # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: the pass through it is left out
-            feedback = within // a_pass == 1 and config.a1 > 0
-            seed_stream(config.seed, "eggn", step)
+        schedule = Schedule(a_pass, config.feedback_loop, config.nepoch)
+        joint = None
+        if config.scen_schedule == "joint" and schedule.total:
+            joint = Joint(self, schedule.total)
+
+        for step in checkpoint.steps(
+            "eggn", schedule.total, config.checkpoint_every, "iteration"
+        ):
+            # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: it is left out
+            feedback = schedule.in_second_pass(step) and config.a1 > 0
             trainval = self.embeddings["trainval"]
-            meter.add(iterate[feedback](*draw_iteration(eggn, trainval.x, trainval.y, self.sampler, self.unseen)))
+            seed_stream(config.seed, "eggn", step)
+            draws = draw_iteration(self.eggn, trainval.x, trainval.y, self.sampler, self.unseen)
+            meter.add(iterate[feedback](*draws))
+
             if joint:
                 joint.follow(step)
-            if within == an_epoch - 1:
-                self.end_epoch(epochs_done + 1, meter.read() | {"lambda1": eggn.lambda1.item()})
+            if schedule.ends_epoch(step):
+                losses = meter.read() | {"lambda1": self.eggn.lambda1.item()}
+                self.end_epoch(schedule.epoch(step), losses)
+
+    def make_eggn(self) -> LossMeter:
+        """EGGN and the meter of its losses, both tracked by the checkpoint."""
+        seed_stream(self.config.seed, "EGGN's weights")
+        guide = None if self.config.visual_features == "cnn" else self.classifier
+        eggn = EGGN(self.features.shape[0], self.att, guide, self.config)
+        self.eggn = eggn.to(self.device)
+
+        meter = LossMeter(f"{self.checkpoint.phase}stage 3 (EGGN)", *LOSSES)
+        optimizers = {
+            f"eggn_optimizer_{name}": optimizer
+            for name, optimizer in self.eggn.optimizers.items()
+        }
+        self.checkpoint.track(
+            eggn=self.eggn, eggn_losses=meter, selection=self.selection, **optimizers
+        )
+        return meter
 
     def end_epoch(self, epoch: int, losses: dict):
         """Log an epoch's mean losses, with its metrics if it is one to evaluate."""
         values = {"epoch": epoch} | losses
         if self.selection.wants(epoch, self.config):
-            seed_stream(self.config.seed, "evaluate", epoch)
-            with self.checkpoint.timed(f"{self.checkpoint.phase}evaluate"):
-                scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config)
-                values |= self.selection.update(epoch, scores)
-            if scores.linear and not self.checkpoint.phase and epoch == self.config.nepoch:
-                curve = seen_unseen_curve(self.eggn, scores.linear, self.embeddings, self.unseen)
-                self.checkpoint.facts |= {"ausuc": area_under(curve), "curve": curve}
-            print(f"{self.checkpoint.phase}epoch {epoch}: {describe(Metrics(**self.selection.last))}", flush=True)
+            values |= self.evaluate(epoch)
         self.log("eggn", values)
 
+    def evaluate(self, epoch: int) -> dict:
+        """Evaluate EGGN after an epoch; returns what is logged of it.
+
+        After the last epoch of a run on all of trainval the seen-unseen curve is noted as well.
+        """
+        phase, notes = self.checkpoint.phase, self.checkpoint.notes
+        seed_stream(self.config.seed, "evaluate", epoch)
+        with self.checkpoint.timed(f"{phase}evaluate"):
+            scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config)
+            values = self.selection.update(epoch, scores)
+
+        if scores.linear and not phase and epoch == self.config.nepoch:
+            curve = seen_unseen_curve(self.eggn, scores.linear, self.embeddings, self.unseen)
+            notes["ausuc"], notes["curve"] = area_under(curve), curve
+        print(f"{phase}epoch {epoch}: {metrics_line(Metrics(**self.selection.last))}", flush=True)
+        return values
+
     def weights(self) -> dict:
-        """What model.pt holds of the networks; of the CNN-feature baseline there is no SCEN."""
-        scen = {"scaler": self.scaler.state_dict()} if self.config.visual_features == "cnn" else {
-            "scen": self.scen.state_dict(), "global_cls": self.classifier.state_dict()}
-        return scen | {"eggn": self.eggn.state_dict()}
+        """What model.pt holds of the networks; the CNN-feature baseline has no SCEN."""
+        weights = {"eggn": self.eggn.state_dict()}
+        if self.config.visual_features == "cnn":
+            return {"scaler": self.scaler.state_dict()} | weights
+        return {
+            "scen": self.scen.state_dict(),
+            "global_cls": self.classifier.state_dict(),
+        } | weights
 
 
-class Joint:
-    """The joint schedule: SCEN learns on while EGGN trains, its features and the distilled classifier follow.
+def run_validation(
+    features: Features,
+    config: Config,
+    device: torch.device,
+    storage: Storage,
+    checkpoint: Checkpoint,
+    log: Callable[[str, dict], None],
+):
+    """Protocol validated: a run on a split inside trainval picks the epochs that are reported.
 
-    total: EGGN's iterations. After the last new embedding SCEN stands still: the one saved is the one EGGN has seen.
+    Both are noted: "choice", the epochs, and "validation", the numbers they were picked by. Raises
+    UserError for a split that cannot be divided so.
     """
 
-    def __init__(self, training: Training, total: int):
-        self.training, config = training, training.config
-        self.last = total - total % config.joint_refresh
-        if not self.last:
-            raise UserError(f"joint_refresh {config.joint_refresh} is above the {total} iterations of EGGN: SCEN would never be followed")
-        self.maps = training.load_maps()
-        self.optimizer = rmsprop(training.scen.parameters(), config.joint_lr, config)
-        self.distill_optimizer = rmsprop(training.classifier.parameters(), config.joint_lr, config)
-        self.meter = LossMeter(f"{training.checkpoint.phase}stage 3 (SCEN)", "joint_loss_LEN", "joint_loss_GEN")
-        training.checkpoint.track(joint_optimizer=self.optimizer, joint_distill_optimizer=self.distill_optimizer, joint_losses=self.meter)
+    def log_validation(stage: str, values: dict):
+        counters = ("iteration", "epoch")
+        renamed = {
+            name if name in counters else f"val_{name}": value for name, value in values.items()
+        }
+        log(f"validation {stage}", renamed)
 
-    def follow(self, step: int):
-        """What is due after EGGN's iteration `step`: a step of SCEN, a new embedding."""
-        training, config = self.training, self.training.config
-        if step % config.joint_every == 0 and step <= self.last:
-            (positions, maps), = self.maps["trainval"].batches(training.sampler, 1)
-            training.scen.requires_grad_(True)
-            self.meter.add(scen_step(training.scen, self.optimizer, maps, training.labels["trainval"][positions], training.seen, config))
-            training.scen.requires_grad_(False)
-        if step % config.joint_refresh == 0:
-            losses = self.meter.read()
-            training.embed_all()
-            training.log("joint", {"iteration": step} | losses | self.distill())
+    checkpoint.begin("validation ")
+    split = validation_split(features.split, config.val_share, config.seed, features.path)
+    validation = Pipeline(features, split, config, device, storage, checkpoint, log_validation)
+    validation.run()
 
-    def distill(self) -> dict[str, float]:
-        """Let the global classifier follow the new features; it guides EGGN, and so is frozen before and after. Returns its mean loss."""
-        trainval = self.training.embeddings["trainval"]
-        x, targets = trainval.x, distill_targets(trainval, self.training.config)
-        self.training.classifier.requires_grad_(True)
-        meter = LossMeter(f"{self.training.checkpoint.phase}stage 3 (distillation)", "joint_loss_distill")
-        for positions in self.training.sampler.draw(self.training.config.joint_distill_iterations).to(x.device):
-            meter.add(classifier_step(self.training.classifier, self.distill_optimizer, x[positions], targets[positions]))
-        self.training.classifier.requires_grad_(False)
-        return meter.read()
+    best = validation.selection.best()
+    checkpoint.notes["choice"] = validation.selection.pick()
+    checkpoint.notes["validation"] = {f"val_{name}": value for name, value in best.items()}

@@ -1,70 +1,145 @@
-"""What a run says of itself at its end: the printed table, summary.json's accuracies, the seen-unseen curve."""
+"""What a run says of itself at its end: the printed table, summary.json, the seen-unseen curve."""
+
 import csv
+import dataclasses
 import io
 from pathlib import Path
 
 import torch
 
 from scegg.config import Config
-from scegg.method.evaluation import Metrics
-from scegg.method.selection import Selection, present
-from util import write_text
 from scegg.datasets.layouts import LAYOUTS
+from scegg.features.reader import Features
+from scegg.method.evaluation import Metrics
+from scegg.method.selection import Selection
+from scegg.run.identity import ROOT, git_commit, identity_of_code, identity_of_data
+from util import peak_memory_gb, without_none, write_text
+
+PUBLISHED = ROOT / "figs" / "published.csv"  # the paper's comparison table
+NOTHING_PICKED = "EGGN, last epoch, nothing picked"
+
+# ---- summary.json
+
+
+def summarise(
+    dataset: str,
+    features: Features,
+    config: Config,
+    device: torch.device,
+    notes: dict,
+    selection: Selection,
+) -> dict:
+    """The content of summary.json; accuracies in %. notes: those of the run's checkpoint."""
+    summary = {
+        "dataset": dataset,
+        "method": config.method,
+        "protocol": config.protocol,
+        "seed": config.seed,
+        **identity_of_data(features),
+        "full_published_split": features.split.is_published(dataset),
+        "git_commit": git_commit(),
+        **identity_of_code(device),
+        "seconds": seconds_of_stages(notes["seconds"]),
+        **peak_memory_gb(device),
+    }
+    summary |= without_none({name: notes.get(name) for name in ("scen_from", "ausuc")})
+    summary |= notes.get("validation", {})
+    for name in ("local", "global"):
+        metrics = notes.get(name, {})
+        summary |= {f"{name}_{key}": value for key, value in metrics.items()}
+    return summary | results(selection, config) | {"config": dataclasses.asdict(config)}
+
+
+def seconds_of_stages(seconds: dict) -> dict:
+    """Seconds of each stage. Stage 3 is timed with its evaluations: they are taken from it."""
+    seconds = dict(seconds)
+    for phase in ("", "validation "):
+        if f"{phase}evaluate" in seconds:
+            seconds[f"{phase}eggn"] -= seconds[f"{phase}evaluate"]
+    return {name: round(value, 3) for name, value in seconds.items()}
 
 
 def results(selection: Selection, config: Config) -> dict:
     """EGGN's part of summary.json, accuracies in %.
 
-    acc_zs, acc_unseen, acc_seen, H: the last epoch's in the paper's protocol (classifier epoch picked on the test set), the
-    validated ones in the other; best_*: of the epochs picked on the test set, so only in the paper's protocol; last_*: the last epoch's
-    after the last classifier epoch, in which nothing was picked.
+    acc_zs, acc_unseen, acc_seen, H: the last epoch's in the paper's protocol (classifier epoch
+    picked on the test set), the validated ones in the other. best_*: of the epochs picked on the
+    test set, so only in the paper's protocol. last_*: the last epoch's after the last classifier
+    epoch, in which nothing was picked.
     """
     if selection.last is None:
         return {}
-    validated = config.protocol == "validated"
-    numbers = selection.metrics()._asdict() if validated else selection.last | selection.best()
-    return present(numbers) | {"best_epoch": selection.epoch} | present({f"last_{name}": value for name, value in selection.unselected.items()})
+
+    if config.protocol == "validated":
+        numbers = selection.metrics()._asdict()
+    else:
+        numbers = selection.last | selection.best()
+    last = {f"last_{name}": value for name, value in selection.unselected.items()}
+    return without_none(numbers) | {"best_epoch": selection.epoch} | without_none(last)
 
 
-def save_curve(path: Path, curve: torch.Tensor):
-    """The seen-unseen curve as text: seen_bias, acc_seen and acc_unseen (in %) at every operating point."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("seen_bias", "acc_seen", "acc_unseen"))
-    rows.writerows((f"{bias:.6g}", f"{100 * S:.4f}", f"{100 * U:.4f}") for bias, S, U in curve.tolist())
-    write_text(path, text.getvalue())
+# ---- the table
 
 
-def describe(metrics: Metrics) -> str:
+def metrics_line(metrics: Metrics) -> str:
     """acc_zs 66.2  acc_unseen 54.8  acc_seen 58.2  H 56.4"""
-    return "  ".join(f"{name} {value:.1f}" for name, value in present(metrics._asdict()).items())
+    numbers = without_none(metrics._asdict())
+    return "  ".join(f"{name} {value:.1f}" for name, value in numbers.items())
+
+
+def result_rows(
+    notes: dict, selection: Selection, config: Config
+) -> list[tuple[str, Metrics]]:
+    """The rows of a run's table: SCEN after stages 1 and 2, then EGGN."""
+    rows = []
+    for name, stage in (("local", 1), ("global", 2)):
+        if name in notes:
+            rows.append((f"{name} classifier (stage {stage})", Metrics(**notes[name])))
+    if selection.last is None:
+        return rows
+
+    if config.protocol == "validated":
+        title = f"EGGN, picked on validation classes (epoch {selection.epoch})"
+        rows.append((title, selection.metrics()))
+    else:
+        rows.append(("EGGN, last epoch", Metrics(**selection.last)))
+        rows.append((f"EGGN, best on test (epoch {selection.epoch})", selection.metrics()))
+    return [*rows, (NOTHING_PICKED, Metrics(**selection.unselected))]
 
 
 def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]]) -> str:
-    """The rows printed at the end of a run; under them the paper's where, and only where, the data are the paper's."""
-    note = "" if published or LAYOUTS[dataset].published is None else " (not the paper's full dataset)"
+    """The table printed at the end of a run.
+
+    published: whether the data are the paper's; then, and only then, its row stands below ours.
+    """
+    known = LAYOUTS[dataset].published is not None
+    note = " (not the paper's full dataset)" if known and not published else ""
+    if published:
+        rows = [*rows, ("published SC-EGG", published_scegg(dataset))]
+
     lines = [f"{dataset + note:<46}{'acc_zs':>8}{'U':>8}{'S':>8}{'H':>8}"]
-    for title, metrics in rows + ([("published SC-EGG", published_scegg(dataset))] if published else []):
-        lines.append(f"{title:<46}" + "".join(f"{value:8.1f}" if value is not None else f"{'-':>8}" for value in metrics))
+    for title, metrics in rows:
+        numbers = ["-" if value is None else f"{value:.1f}" for value in metrics]
+        lines.append(f"{title:<46}" + "".join(f"{number:>8}" for number in numbers))
     return "\n".join(lines)
 
 
 def published_scegg(dataset: str) -> Metrics:
-    """The paper's own accuracies of SC-EGG on a dataset, in %."""
-    path = Path(__file__).resolve().parents[2] / "figs" / "published.csv"
-    with open(path, newline="", encoding="utf-8") as file:
-        row = next(row for row in csv.DictReader(file) if row["method"] == "SC-EGG")
-    return Metrics(*(float(row[f"{dataset} {column}"]) for column in ("acc", "U", "S", "H")))
+    """The paper's own numbers of SC-EGG on a dataset, from figs/published.csv."""
+    with open(PUBLISHED, encoding="utf-8", newline="") as file:
+        row = next(line for line in csv.DictReader(file) if line["method"] == "SC-EGG")
+    return Metrics(*(float(row[f"{dataset} {metric}"]) for metric in ("acc", "U", "S", "H")))
 
 
-def result_rows(facts: dict, selection: Selection, config: Config) -> list[tuple[str, Metrics]]:
-    """What the table says of a run."""
-    titles = {"local": "local classifier (stage 1)", "global": "global classifier (stage 2)"}
-    rows = [(title, Metrics(**facts[name])) for name, title in titles.items() if name in facts]
-    if selection.last is None:
-        return rows
-    if config.protocol == "validated":
-        rows.append((f"EGGN, picked on validation classes (epoch {selection.epoch})", selection.metrics()))
-    else:
-        rows += [("EGGN, last epoch", Metrics(**selection.last)), (f"EGGN, best on test (epoch {selection.epoch})", selection.metrics())]
-    return rows + [("EGGN, last epoch, nothing picked", Metrics(**selection.unselected))]
+# ---- the seen-unseen curve
+
+
+def save_curve(path: Path, curve: torch.Tensor):
+    """The seen-unseen curve as text: seen_bias, acc_seen and acc_unseen (in %) at every point."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("seen_bias", "acc_seen", "acc_unseen"))
+    for bias, S, U in curve.tolist():
+        rows.writerow((f"{bias:.6g}", f"{100 * S:.4f}", f"{100 * U:.4f}"))
+
+    write_text(path, text.getvalue())

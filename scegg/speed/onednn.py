@@ -1,6 +1,6 @@
 """Float32 matrix products at full speed on AMD's processors: torch has MKL do them, which uses half of their vectors' width.
 
-oneDNN, which torch brings along for convolutions, uses all of it. Inside `with fast_products(device):` the products that the
+oneDNN, which torch brings along for convolutions, uses all of it. Inside `with fast_matmul(device):` the products that the
 networks are made of go there, as exact as before; nothing in the networks says so, and on other devices nothing changes.
 """
 import contextlib
@@ -78,6 +78,6 @@ def mkl_is_halved() -> bool:
             and hasattr(torch.ops.mkldnn, "_linear_pointwise") and cpu.is_file() and "AuthenticAMD" in cpu.read_text())
 
 
-def fast_products(device: torch.device):
+def fast_matmul(device: torch.device):
     """The context that a run trains in on the device."""
     return FastProducts() if device.type == "cpu" and mkl_is_halved() else contextlib.nullcontext()

@@ -10,7 +10,7 @@ from sklearn.metrics import balanced_accuracy_score
 from scegg.config import read_config
 from scegg.method.eggn import EGGN
 from scegg.method.evaluation import area_under, fit_softmax, harmonic_mean, logits_metrics, per_class_accuracy, seen_unseen_curve
-from scegg.method.scen import Embedding
+from scegg.method.embeddings import Embedding
 
 CONFIG = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
 

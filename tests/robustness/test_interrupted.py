@@ -250,7 +250,7 @@ def test_a_lock_is_free_again_once_its_holder_is_killed(tmp_path):
     holder = os.fork()
     if holder == 0:
         with locked(path, "testing"):
-            if os.fork() == 0:  # a helper that outlives it holds nothing
+            if os.fork() == 0:  # a helper that survives it holds nothing
                 time.sleep(3)
                 os._exit(0)
             (tmp_path / "held").touch()

@@ -13,10 +13,10 @@ import torch
 from helpers import ROOT, SMALL_RUN, feature_arrays, flags, run_training, write_features
 
 import train_joint
-from scegg.run import reuse
+from scegg.run import identity
 from scegg.run.checkpoint import Checkpoint
-from scegg.run.folder import Run
-from scegg.method.scen import LossMeter
+from scegg.run.folder import RunFolder
+from scegg.method.losses import LossMeter
 from util import UserError, locked
 
 RUN = SMALL_RUN | {"checkpoint_every": 7, "a1": 0.5, "a2": 0.5, "feedback_loop": 2}
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_config_data_or_code_is_refused(features, tmp_pa
     with pytest.raises(UserError, match="features was .* and is"):
         train(remade, tmp_path / "runs", {}, "--resume", folder.name)
     with monkeypatch.context() as patch:
-        patch.setattr(reuse, "code_version", lambda: "0123")
+        patch.setattr(identity, "code_version", lambda: "0123")
         with pytest.raises(UserError, match="code was .* and is 0123"):
             train(features, tmp_path / "runs", {}, "--resume")
     train(features, tmp_path / "runs", {}, "--resume", str(folder))
@@ -220,14 +220,14 @@ def test_a_resumed_run_goes_on_to_reuse_scen(features, tmp_path, monkeypatch, ca
 
 
 def test_a_disk_that_fills_under_the_log_names_the_command_to_go_on_with(features, tmp_path, monkeypatch):
-    log = Run.log
+    log = RunFolder.log
 
     def full(self, stage, values):
         if stage == "eggn":
             raise OSError(28, "No space left on device")
         log(self, stage, values)
 
-    monkeypatch.setattr(Run, "log", full)
+    monkeypatch.setattr(RunFolder, "log", full)
     with pytest.raises(UserError, match="No space left on device; free some disk space .*--resume"):
         train(features, tmp_path / "runs", {})
     monkeypatch.undo()

@@ -15,7 +15,9 @@ from scegg.method.eggn import EGGN, draw_iteration
 from scegg.method.evaluation import fit_softmax
 from scegg.speed.cuda_graphs import WARM_UP, GraphedStep, graphed
 from model import SCEN, global_classifier
-from scegg.method.scen import Embedding, classifier_step, distill, rmsprop, scen_step
+from scegg.method.embeddings import Embedding
+from scegg.method.losses import classifier_step
+from scegg.method.scen import fit_global_classifier, rmsprop, scen_step
 from util import UserError
 
 CONFIG = dataclasses.replace(read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {}), ngh=64, ndh=64, a1=0.5)
@@ -51,7 +53,7 @@ def classified(device):
     scores, linear = fit_softmax(x, y, 5, config, lambda linear: linear(x).sum())
     classifier = global_classifier(24, 16, 9).to(device)
     checkpoint = SimpleNamespace(phase="", track=lambda **_: None, forget=lambda *_: None, steps=lambda stage, total, *_: range(1, total + 1))
-    distill(classifier, Embedding(x, logits, y), BalancedSampler(y.cpu(), 5), config, checkpoint, lambda *_: None)
+    fit_global_classifier(classifier, Embedding(x, logits, y), BalancedSampler(y.cpu(), 5), config, checkpoint, lambda *_: None)
     return [scores, *linear.parameters(), *classifier.parameters()]
 
 

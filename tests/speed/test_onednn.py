@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import parity
 from scegg.speed import onednn as products
-from scegg.speed.onednn import FastProducts, fast_products
+from scegg.speed.onednn import FastProducts, fast_matmul
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
 
@@ -88,10 +88,10 @@ def test_repeats_bit_for_bit():
 
 
 def test_gpus_and_other_processors_keep_torchs_products(monkeypatch):
-    assert not isinstance(fast_products(torch.device("cuda")), FastProducts)
+    assert not isinstance(fast_matmul(torch.device("cuda")), FastProducts)
     for halved in (False, True):
         monkeypatch.setattr(products, "mkl_is_halved", lambda: halved)
-        assert isinstance(fast_products(torch.device("cpu")), FastProducts) == halved
+        assert isinstance(fast_matmul(torch.device("cpu")), FastProducts) == halved
 
 
 def test_products_with_bfloat16_allowed_are_torchs_own(monkeypatch):
