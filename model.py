@@ -44,7 +44,7 @@ class LEN(nn.Module):
 
     @staticmethod
     def local_features(attention: Tensor, maps: Tensor) -> Tensor:
-        """h (B, K, D), the local features, to look at: neither training nor inference needs them."""
+        """h (B, K, D), the local features, to look at: training and inference do without them."""
         return attention.transpose(1, 2) @ maps
 
 
@@ -62,7 +62,7 @@ class Scaler(nn.Module):
         self.minimum, self.maximum = g.amin(dim=0), g.amax(dim=0)
 
     def forward(self, g: Tensor) -> Tensor:
-        """g (n, D), scaled. Features of other images may fall outside [0, 1]; nothing is clipped."""
+        """g (n, D), scaled. Other images' features may fall outside [0, 1]; nothing is clipped."""
         extent = self.maximum - self.minimum
         return (g - self.minimum) / torch.where(extent == 0, 1.0, extent)
 
@@ -110,7 +110,7 @@ class GEN(nn.Module):
         return torch.bmm(weight, hidden).squeeze(1) + second.bias  # `@` would copy hidden
 
     def compose_avg(self, attention: Tensor, maps: Tensor) -> Tensor:
-        """g_avg (B, D) = mean_k h_k = F (mean_k A): the global attention map over the feature map."""
+        """g_avg (B, D) = mean_k h_k = F (mean_k A): the global attention over the feature map."""
         return (attention.mean(dim=2, keepdim=True).transpose(1, 2) @ maps).squeeze(1)
 
     def compose_at_runtime(self, attention: Tensor, maps: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class SCEN(nn.Module):
 
     @torch.no_grad()
     def embed(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Unscaled dense-semantic features g (B, D) and local logits S (B, C), without gradients."""
+        """Unscaled dense-semantic features g (B, D), local logits S (B, C); without gradients."""
         output = self(maps)
         return self.gen.compose_at_runtime(output.attention, maps), output.local_logits
 
@@ -208,7 +208,7 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """G(z, a) -> features in (0, 1). Feedback, weighted by a1 or a2, is added to its hidden layer."""
+    """G(z, a) -> features in (0, 1). Feedback, weighted by a1 or a2, joins its hidden layer."""
 
     def __init__(self, channels: int, attributes: int, hidden: int):
         super().__init__()

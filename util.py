@@ -81,7 +81,7 @@ def make_folder(folder: Path):
 
 @contextlib.contextmanager
 def atomic_path(path: Path, advice: str = "free some disk space or name another place"):
-    """Yield a temporary path beside `path`; on success it takes the name `path`, else it is removed.
+    """Yield a temporary path beside `path`; on success it takes that name, else it is removed.
 
     Whoever looks at `path` sees the old file or the whole new one, never a part.
     Raises UserError, with the advice, when the folder cannot be written or the disk is full.

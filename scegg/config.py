@@ -91,7 +91,7 @@ class Config:
     distill_iterations: int = not_negative("iterations of stage 2", stage=2)
     distill_target: str = one_of(
         ("logits", "labels"),
-        "what the global classifier learns: SCEN's local logits (distillation), or trainval's labels",
+        "what the global classifier learns: SCEN's local logits (distillation) or true labels",
         default="logits",
         stage=2,
     )

@@ -121,9 +121,7 @@ class EGGN(nn.Module):
         """Move the networks to the device and make their optimisers there."""
         super().to(device)
         # fused: one kernel an update; capturable: for CUDA graphs
-        adam = partial(
-            torch.optim.Adam, fused=True, capturable=torch.device(device).type == "cuda"
-        )
+        adam = partial(torch.optim.Adam, fused=True, capturable=torch.device(device).type == "cuda")
         config = self.config
         self.optimizers = {
             "E": adam(self.E.parameters(), config.lr, betas=(0.9, 0.999)),

@@ -50,9 +50,7 @@ def embed_images(scen: SCEN, maps: FeatureMaps, progress) -> tuple[Tensor, Tenso
     return torch.cat(features), torch.cat(logits)
 
 
-def embed_splits(
-    scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]]
-) -> dict[str, Embedding]:
+def embed_splits(scen: SCEN, splits: dict[str, tuple[FeatureMaps, Tensor]]) -> dict[str, Embedding]:
     """Fit the scaler on trainval and embed every split.
 
     This is the only pass over feature maps once SCEN is frozen.

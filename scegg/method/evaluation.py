@@ -164,9 +164,7 @@ def czsl_scores(
     def score(linear: nn.Linear) -> Tensor:
         return per_class_accuracy(target, linear(real).argmax(dim=1), len(unseen))
 
-    scores, _ = fit_softmax(
-        fake, torch.searchsorted(unseen, fake_y), len(unseen), config, score
-    )
+    scores, _ = fit_softmax(fake, torch.searchsorted(unseen, fake_y), len(unseen), config, score)
     return scores
 
 

@@ -1,6 +1,7 @@
 """Which epochs of a run are reported (docs/method.md, section 9).
 
-paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as published.
+paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as in the
+paper.
 validated: both are picked on classes held out of trainval, in a run of their own. Then all of
 trainval is trained on, and the test set measures the epochs picked before. Nothing is chosen by it.
 """

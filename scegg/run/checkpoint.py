@@ -44,9 +44,7 @@ def read_checkpoint(path: Path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         check_content(saved)
     except Exception as error:  # whatever torch's reader makes of damaged bytes
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}): start the run anew"
-        ) from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}): start the run anew") from None
     return saved
 
 
@@ -61,7 +59,7 @@ def check_content(saved):
 
 
 def check_identity(saved: dict, now: dict, path: Path):
-    """Raises UserError that names every entry in which a checkpoint differs from what is at hand."""
+    """Raises UserError that names every entry in which a checkpoint is not what is at hand."""
     names = sorted(set(saved) | set(now))
     differences = [
         f"{name} was {saved.get(name)} and is {now.get(name)}"
@@ -202,8 +200,7 @@ class Checkpoint:
             print(message, file=sys.stderr, flush=True)
 
         before = {
-            signum: signal.signal(signum, ask_to_stop)
-            for signum in (signal.SIGTERM, signal.SIGINT)
+            signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGTERM, signal.SIGINT)
         }
         try:
             yield

@@ -59,6 +59,7 @@ def start_wandb(folder: Path, config: Config, dataset: str, mode: str, wandb_id:
         "dir": str(folder),
         "config": dataclasses.asdict(config) | facts,
     }
+
     try:
         return wandb.init(mode=mode, **settings)
     except wandb.errors.Error as error:

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its config: the feature file, the code, torch, the device."""
+"""What a run's numbers depend on beside its config: feature file, code, torch, device."""
 
 import hashlib
 import subprocess

@@ -53,9 +53,7 @@ class Joint:
 
         pipeline.scen.requires_grad_(True)
         self.meter.add(
-            scen_step(
-                pipeline.scen, self.optimizer, maps, labels, pipeline.seen, pipeline.config
-            )
+            scen_step(pipeline.scen, self.optimizer, maps, labels, pipeline.seen, pipeline.config)
         )
         pipeline.scen.requires_grad_(False)
 

@@ -81,9 +81,7 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
         print(f"run {path} on {job.device}" + (", resumed" if saved else ""))
 
         mode = wandb_mode(options.wandb)
-        folder = RunFolder(
-            path, job.config, dataset, mode, notes["wandb_id"], notes["logged"]
-        )
+        folder = RunFolder(path, job.config, dataset, mode, notes["wandb_id"], notes["logged"])
         checkpoint = Checkpoint(folder, identity, saved)
         checkpoint.notes |= notes
 
@@ -92,9 +90,7 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
                 table, summary = train(job, folder, checkpoint)
             folder.finish(summary)
             if job.config.log_figures and draw:
-                draw(
-                    path, dataset, job.config, job.features, options.data_root, folder.log_picture
-                )
+                draw(path, dataset, job.config, job.features, options.data_root, folder.log_picture)
 
     print(f"saved {path}: config.yaml, metrics.jsonl, summary.json, model.pt\n\n{table}")
 
@@ -102,15 +98,22 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
 def flag_parser(dataset: str | None) -> FlagParser:
     """The run's own flags; every key of the config is one besides."""
     parser = FlagParser(f"Train SC-EGG on {dataset or 'a dataset'}.")
-    flag = parser.add_argument
     if dataset is None:
-        flag("--dataset", choices=list(LAYOUTS), default="TOY", help="default: TOY")
+        names = list(LAYOUTS)
+        parser.add_argument("--dataset", choices=names, default="TOY", help="default: TOY")
+    add_input_flags(parser)
+    add_run_flags(parser)
+    return parser
+
+
+def add_input_flags(parser: FlagParser):
+    """What is trained on, and with what settings."""
+    flag = parser.add_argument
     flag(
         "--config",
         type=Path,
         nargs="+",
-        help="W&B YAML file; further ones, an ablation's, are laid over it (default: the "
-        "dataset's in wandb_config/)",
+        help="W&B YAML file, and others laid over it (default: the dataset's in wandb_config/)",
     )
     flag("--features", type=Path, help="HDF5 feature file (default: where preprocessing puts it)")
     flag(
@@ -119,6 +122,7 @@ def flag_parser(dataset: str | None) -> FlagParser:
         default=Path("data"),
         help="its xlsa17 split, if there, must be the features' own",
     )
+
     flag("--device", help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
     flag(
         "--cache",
@@ -127,6 +131,11 @@ def flag_parser(dataset: str | None) -> FlagParser:
         help="where trainval's feature maps are kept (default: the fastest place that holds them; "
         "beside a CPU an uncompressed file itself)",
     )
+
+
+def add_run_flags(parser: FlagParser):
+    """Where the run lies, what it continues or takes from others, who is told of it."""
+    flag = parser.add_argument
     flag("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     flag(
         "--resume",
@@ -140,12 +149,12 @@ def flag_parser(dataset: str | None) -> FlagParser:
         action="store_true",
         help="take SCEN from a finished run in --runs with the same stage 1, if there is one",
     )
+
     flag(
         "--wandb",
         choices=("online", "offline", "disabled"),
         help="default: WANDB_MODE, else online if logged in and offline if not",
     )
-    return parser
 
 
 # ---- before the run
@@ -307,6 +316,7 @@ def closing_logs(folder: RunFolder, resume: str):
         folder.close(exit_code=1)
         print(f"stopped; go on with: {resume}", flush=True)
         sys.exit(128 + stop.signum)
+
     except BaseException as error:
         folder.close(exit_code=1)
         out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
@@ -316,6 +326,7 @@ def closing_logs(folder: RunFolder, resume: str):
                 "or keep the feature maps elsewhere (--cache ram, --cache disk), in a new run; on "
                 f"a larger machine: {resume}"
             ) from None
+
         if isinstance(error, OSError):
             raise UserError(
                 f"{error.filename or folder.path}: {error.strerror}; free some disk space or mend "

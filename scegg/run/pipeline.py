@@ -65,8 +65,7 @@ class Pipeline:
         self.storage, self.maps = storage, None
 
         self.labels = {
-            name: torch.from_numpy(split.labels[getattr(split, name)]).to(device)
-            for name in SPLITS
+            name: torch.from_numpy(split.labels[getattr(split, name)]).to(device) for name in SPLITS
         }
         self.seen = torch.from_numpy(split.seen).to(device)
         self.unseen = torch.from_numpy(split.unseen).to(device)
@@ -228,9 +227,7 @@ class Pipeline:
         if config.scen_schedule == "joint" and schedule.total:
             joint = Joint(self, schedule.total)
 
-        for step in checkpoint.steps(
-            "eggn", schedule.total, config.checkpoint_every, "iteration"
-        ):
+        for step in checkpoint.steps("eggn", schedule.total, config.checkpoint_every, "iteration"):
             # with a1 = 0 (SUN) feedback adds nothing and Fb's gradient is zero: it is left out
             feedback = schedule.in_second_pass(step) and config.a1 > 0
             trainval = self.embeddings["trainval"]
@@ -253,8 +250,7 @@ class Pipeline:
 
         meter = LossMeter(f"{self.checkpoint.phase}stage 3 (EGGN)", *LOSSES)
         optimizers = {
-            f"eggn_optimizer_{name}": optimizer
-            for name, optimizer in self.eggn.optimizers.items()
+            f"eggn_optimizer_{name}": optimizer for name, optimizer in self.eggn.optimizers.items()
         }
         self.checkpoint.track(
             eggn=self.eggn, eggn_losses=meter, selection=self.selection, **optimizers

@@ -1,4 +1,4 @@
-"""Finished runs that another run can use: --reuse_scen takes SCEN from one with the same stage 1."""
+"""Finished runs that another can use: --reuse_scen takes SCEN from one with an equal stage 1."""
 
 import json
 from collections.abc import Iterator
@@ -27,9 +27,7 @@ def finished_runs(runs: Path, wanted: dict) -> Iterator[Path]:
             yield path.parent
 
 
-def find_scen(
-    runs: Path, config: Config, features: Features, device: torch.device
-) -> dict | None:
+def find_scen(runs: Path, config: Config, features: Features, device: torch.device) -> dict | None:
     """The newest finished run with this run's stage 1: its name and SCEN's weights.
 
     Equal must be features, split, code, and every key that stage 1 depends on. None if there is no

@@ -42,6 +42,7 @@ def summarise(
         "seconds": seconds_of_stages(notes["seconds"]),
         **peak_memory_gb(device),
     }
+
     summary |= without_none({name: notes.get(name) for name in ("scen_from", "ausuc")})
     summary |= notes.get("validation", {})
     for name in ("local", "global"):
@@ -87,9 +88,7 @@ def metrics_line(metrics: Metrics) -> str:
     return "  ".join(f"{name} {value:.1f}" for name, value in numbers.items())
 
 
-def result_rows(
-    notes: dict, selection: Selection, config: Config
-) -> list[tuple[str, Metrics]]:
+def result_rows(notes: dict, selection: Selection, config: Config) -> list[tuple[str, Metrics]]:
     """The rows of a run's table: SCEN after stages 1 and 2, then EGGN."""
     rows = []
     for name, stage in (("local", 1), ("global", 2)):
