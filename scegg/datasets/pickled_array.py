@@ -1,4 +1,9 @@
-"""Reads a pickled numpy array without running what a pickle asks for."""
+"""Read a pickled numpy array without running anything that the pickle asks for.
+
+A pickle is a program: `pickle.load` would run it. The reader here knows numpy arrays of numbers
+and refuses everything else. Stand-ins take the place of numpy's own types, because numpy would
+believe the types and sizes that a hostile file claims.
+"""
 
 import io
 import pickle
@@ -9,23 +14,45 @@ from pathlib import Path
 import numpy as np
 
 
+def read_pickle(path: Path) -> np.ndarray:
+    """The array in a pickle; it takes no more memory than the file's own size calls for.
+
+    Raises pickle.UnpicklingError for other contents, and whatever `pickle` and numpy raise over
+    damaged bytes.
+    """
+    data = path.read_bytes()
+    for opcode, argument, _ in pickletools.genops(data):  # fails where a length passes the end
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+            raise pickle.UnpicklingError(f"it counts {argument} objects in {len(data)} bytes")
+
+    content = ArrayUnpickler(io.BytesIO(data)).load()
+    if not isinstance(content, PickledArray):
+        raise pickle.UnpicklingError(
+            "it does not hold a table of numbers (attributes x vector length)"
+        )
+    return content.real()
+
+
 class PickledDtype:
-    """Stands for numpy.dtype while a pickle is read: takes note of the type and its byte order, and makes nothing."""
+    """Stands for numpy.dtype while a pickle is read: it notes the type and its byte order."""
 
     def __init__(self, kind: str, *flags):
-        self.kind, self.order = kind, "<"
+        self.kind = kind
+        self.order = "<"
 
     def __setstate__(self, state):
         self.order = state[1]
 
     def real(self) -> np.dtype:
-        if not re.fullmatch(r"[fiu][1248]", self.kind) or self.order not in ("<", ">", "|", "="):
+        """The dtype. Raises pickle.UnpicklingError unless it is one of numbers."""
+        is_number = re.fullmatch(r"[fiu][1248]", self.kind)
+        if not is_number or self.order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"it holds {self.kind!r}, not numbers")
         return np.dtype(self.order + self.kind)
 
 
 class PickledArray:
-    """Stands for numpy.ndarray while a pickle is read; numpy itself would believe a hostile file's types and sizes."""
+    """Stands for numpy.ndarray while a pickle is read: it notes the shape, type and bytes."""
 
     def __init__(self, *arguments):
         self.state = None
@@ -35,36 +62,42 @@ class PickledArray:
 
     @classmethod
     def from_buffer(cls, data, dtype, shape, order):
-        made = cls()
-        made.__setstate__((None, shape, dtype, order == "F", data))
-        return made
+        """An array as pickle protocol 5 describes it."""
+        array = cls()
+        array.__setstate__((None, shape, dtype, order == "F", data))
+        return array
 
     def real(self) -> np.ndarray:
-        return np.frombuffer(self.data, self.dtype.real()).reshape(self.shape, order="F" if self.fortran else "C")
+        """The array. Raises ValueError where the bytes do not fill the shape."""
+        order = "F" if self.fortran else "C"
+        return np.frombuffer(self.data, self.dtype.real()).reshape(self.shape, order=order)
+
+
+def encode_latin1(text: str, encoding: str) -> bytes:
+    """Stands for _codecs.encode, with which pickle protocol 2 spells bytes."""
+    return text.encode("latin-1")
+
+
+NUMPY_CORE = {
+    ("multiarray", "_reconstruct"): PickledArray,
+    ("numeric", "_frombuffer"): PickledArray.from_buffer,
+}
+STAND_INS = {
+    ("numpy", "ndarray"): PickledArray,
+    ("numpy", "dtype"): PickledDtype,
+    ("_codecs", "encode"): encode_latin1,
+}
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads one pickled numpy array of numbers; any other global in the file, whatever it is, is refused."""
+    """Reads one pickled numpy array of numbers and refuses every other global in the file."""
 
     def find_class(self, module, name):
-        allowed = {("multiarray", "_reconstruct"): PickledArray, ("numeric", "_frombuffer"): PickledArray.from_buffer}
         package, _, last = module.rpartition(".")
-        if package in ("numpy.core", "numpy._core") and (last, name) in allowed:
-            return allowed[last, name]
-        stand_ins = {("numpy", "ndarray"): PickledArray, ("numpy", "dtype"): PickledDtype,
-                     ("_codecs", "encode"): lambda text, encoding: text.encode("latin-1")}  # how protocol 2 spells bytes
-        if (module, name) not in stand_ins:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a table of word vectors does not need")
-        return stand_ins[module, name]
-
-
-def read_pickle(path: Path) -> np.ndarray:
-    """The array in a pickle. Nothing in the file runs, and it gets no more memory than its own size calls for."""
-    data = path.read_bytes()
-    for opcode, argument, _ in pickletools.genops(data):  # fails where a length reaches past the end
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-            raise pickle.UnpicklingError(f"it counts {argument} objects in {len(data)} bytes")
-    content = ArrayUnpickler(io.BytesIO(data)).load()
-    if not isinstance(content, PickledArray):
-        raise pickle.UnpicklingError("it does not hold a table of numbers (attributes x vector length)")
-    return content.real()
+        if package in ("numpy.core", "numpy._core") and (last, name) in NUMPY_CORE:
+            return NUMPY_CORE[last, name]
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which a table of word vectors does not need"
+        )

@@ -1,23 +1,29 @@
-"""Labels, splits and class attributes of a dataset, checked."""
+"""A dataset's labels, split and class attributes, checked (docs/method.md, section 2).
+
+The checks are the same for a .mat file and for a feature file.
+"""
 
 import dataclasses
 import hashlib
 
 import numpy as np
 
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS, Counts
 from util import UserError
 
-LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")
+LOCATIONS = ("trainval_loc", "test_seen_loc", "test_unseen_loc")  # xlsa17's names of the parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Labels, splits and class attributes of a dataset; all indices 0-based.
+    """Labels, parts and class attributes of a dataset. All indices count from 0.
 
-    labels (N,), trainval / test_seen / test_unseen index vectors, att and original_att (C, K) float32, train and val
-    index vectors inside trainval (train_loc and val_loc intersected with it; None where a file has none).
+    labels: (N,), a class for each image.
+    trainval, test_seen, test_unseen: images of each part, index vectors without a common image.
+    att, original_att: (C, K) float32, the class attributes, normalised and as they were collected.
+    train, val: images inside trainval, for validation. None where the file has none.
     """
+
     labels: np.ndarray
     trainval: np.ndarray
     test_seen: np.ndarray
@@ -39,86 +45,186 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits that change with any image's label or place among trainval, test seen and test unseen."""
+        """12 hex digits that change when an image gets another label or another part."""
+        parts = (self.trainval, self.test_seen, self.test_unseen)
         digest = hashlib.sha256()
-        for part in (self.labels, *map(np.sort, (self.trainval, self.test_seen, self.test_unseen))):
-            digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+        for vector in (self.labels, *map(np.sort, parts)):
+            digest.update(len(vector).to_bytes(8, "little") + vector.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
-    def counts(self) -> tuple[int, ...]:
-        """The row of section 2's table."""
-        return (len(self.labels), len(self.att), len(self.seen), self.att.shape[1],
-                len(self.trainval), len(self.test_seen), len(self.test_unseen))
+    def counts(self) -> Counts:
+        """The numbers of this split, to compare with those of the published one."""
+        return Counts(
+            images=len(self.labels),
+            classes=len(self.att),
+            seen=len(self.seen),
+            attributes=self.att.shape[1],
+            trainval=len(self.trainval),
+            test_seen=len(self.test_seen),
+            test_unseen=len(self.test_unseen),
+        )
 
     def is_published(self, dataset: str) -> bool:
-        """Whether this has the numbers of the paper's full dataset."""
+        """Whether this split has the numbers of the paper's full dataset."""
         return self.counts() == LAYOUTS[dataset].published
 
     def describe(self, dataset: str) -> str:
-        """One line: fingerprint, which split it is, and its numbers."""
-        N, C, seen, K, trainval, test_seen, test_unseen = self.counts()
-        published = LAYOUTS[dataset].published
-        release = "the common release" if self.fingerprint == LAYOUTS[dataset].release else "NOT the common release"
-        kind = (f"the full proposed split, {release}" if self.is_published(dataset)
-                else f"NOT the full {dataset} of the paper" if published else "embedded dataset")
-        return (f"split {self.fingerprint} ({kind}): {N} images, {C} classes ({seen} seen, {len(self.unseen)} unseen), "
-                f"{K} attributes, trainval {trainval}, test seen {test_seen}, test unseen {test_unseen}")
+        """One line: the fingerprint, which split it is, and its numbers."""
+        counts = self.counts()
+        return (
+            f"split {self.fingerprint} ({self.kind(dataset)}): {counts.images} images, "
+            f"{counts.classes} classes ({counts.seen} seen, {len(self.unseen)} unseen), "
+            f"{counts.attributes} attributes, trainval {counts.trainval}, "
+            f"test seen {counts.test_seen}, test unseen {counts.test_unseen}"
+        )
+
+    def kind(self, dataset: str) -> str:
+        """Whether this is the paper's split and its common release, in words."""
+        layout = LAYOUTS[dataset]
+        if layout.published is None:
+            return "built-in dataset"
+        if not self.is_published(dataset):
+            return f"NOT the full {dataset} of the paper"
+        if self.fingerprint == layout.release:
+            return "the full proposed split, the common release"
+        return "the full proposed split, NOT the common release"
 
 
 def check_split(split: Split, where) -> Split:
-    """The split itself if it can be true; raises UserError saying what contradicts what, in file `where`."""
-    def require(condition, problem):
-        if not condition:
-            raise UserError(f"{where}: {problem}")
+    """The split itself, if it can be true.
 
-    N, C = len(split.labels), len(split.att)
-    require(N > 0, "holds no images")
-    require(split.att.ndim == 2 and split.att.size, f"att is of shape {split.att.shape}, expected classes x attributes")
-    require(split.original_att.shape == split.att.shape,
-            f"original_att {split.original_att.shape} and att {split.att.shape} differ in shape")
-    require(np.isfinite(split.att).all() and np.isfinite(split.original_att).all(), "class attributes hold NaN or infinity")
-    require(split.att.any(axis=1).all(), "a class has no attribute at all")
-    low, high = split.labels.min(), split.labels.max()
-    require(low >= 0 and high < C, f"labels run from {low} to {high}, but there are {C} classes: expected 0 to {C - 1} "
-            "(off by one? HDF5 labels are 0-based, .mat labels 1-based)")
-    parts = dict(zip(LOCATIONS, (split.trainval, split.test_seen, split.test_unseen)))
-    for name, loc in parts.items():
-        require(len(loc) > 0, f"{name} is empty")
-        require(loc.min() >= 0 and loc.max() < N, f"{name} runs from {loc.min()} to {loc.max()}, but there are {N} "
-                f"images: expected 0 to {N - 1} (off by one? HDF5 locations are 0-based, .mat locations 1-based)")
-        require(len(np.unique(loc)) == len(loc), f"{name} names an image twice")
-    for first, second in (("trainval_loc", "test_seen_loc"), ("trainval_loc", "test_unseen_loc"),
-                          ("test_seen_loc", "test_unseen_loc")):
-        shared = len(np.intersect1d(parts[first], parts[second]))
-        require(shared == 0, f"{first} and {second} share {shared} images: training would see test images")
-    both = np.intersect1d(split.seen, split.unseen)
-    require(len(both) == 0, f"{len(both)} classes are both seen and unseen, the first is {both[:1]}")
-    stray = np.setdiff1d(split.labels[split.test_seen], split.seen)
-    require(len(stray) == 0, f"test_seen_loc holds {len(stray)} classes without a trainval image, the first is {stray[:1]}")
+    where: the file it comes from. Raises UserError that says what contradicts what.
+    """
+    require(len(split.labels) > 0, where, "holds no images")
+    check_class_attributes(split, where)
+    check_labels(split, where)
+    check_parts(split, where)
+    check_seen_and_unseen(split, where)
     return split
 
 
-def validation_split(split: Split, share: float, seed: int, source) -> Split:
-    """A split inside trainval: its val classes are the unseen ones, and `share` of the other classes' images test the seen.
+def require(condition, where, problem: str):
+    """Raises UserError that names the file and the problem, unless the condition holds."""
+    if not condition:
+        raise UserError(f"{where}: {problem}")
 
-    Labels and attributes are those of trainval's classes alone, numbered anew: the unseen classes do not occur in it, not
-    as columns either. source names the file in errors. Raises UserError without val classes, or if they are also trained on.
+
+def check_class_attributes(split: Split, where):
+    """Raises UserError unless both tables are of one shape, finite, and have no empty class."""
+    att, original_att = split.att, split.original_att
+    is_table = att.ndim == 2 and att.size
+    require(is_table, where, f"att is of shape {att.shape}, expected classes x attributes")
+    require(
+        original_att.shape == att.shape,
+        where,
+        f"original_att {original_att.shape} and att {att.shape} differ in shape",
+    )
+
+    is_finite = np.isfinite(att).all() and np.isfinite(original_att).all()
+    require(is_finite, where, "class attributes hold NaN or infinity")
+    require(att.any(axis=1).all(), where, "a class has no attribute at all")
+
+
+def check_labels(split: Split, where):
+    """Raises UserError unless every label is the number of a class."""
+    classes = len(split.att)
+    low, high = split.labels.min(), split.labels.max()
+    require(
+        low >= 0 and high < classes,
+        where,
+        f"labels run from {low} to {high}, but there are {classes} classes: expected 0 to "
+        f"{classes - 1} (off by one? HDF5 labels are 0-based, .mat labels 1-based)",
+    )
+
+
+def check_parts(split: Split, where):
+    """Raises UserError unless each part names images that exist, once, and in no other part."""
+    images = len(split.labels)
+    vectors = (split.trainval, split.test_seen, split.test_unseen)
+    parts = dict(zip(LOCATIONS, vectors, strict=True))
+
+    for name, loc in parts.items():
+        require(len(loc) > 0, where, f"{name} is empty")
+        require(
+            loc.min() >= 0 and loc.max() < images,
+            where,
+            f"{name} runs from {loc.min()} to {loc.max()}, but there are {images} images: "
+            f"expected 0 to {images - 1} (off by one? HDF5 locations are 0-based, "
+            ".mat locations 1-based)",
+        )
+        require(len(np.unique(loc)) == len(loc), where, f"{name} names an image twice")
+
+    for first, second in (
+        ("trainval_loc", "test_seen_loc"),
+        ("trainval_loc", "test_unseen_loc"),
+        ("test_seen_loc", "test_unseen_loc"),
+    ):
+        shared = len(np.intersect1d(parts[first], parts[second]))
+        problem = f"{first} and {second} share {shared} images: training would see test images"
+        require(shared == 0, where, problem)
+
+
+def check_seen_and_unseen(split: Split, where):
+    """Raises UserError for a class both seen and unseen, and for test_seen classes not in trainval."""
+    both = np.intersect1d(split.seen, split.unseen)
+    problem = f"{len(both)} classes are both seen and unseen, the first is {both[:1]}"
+    require(len(both) == 0, where, problem)
+
+    stray = np.setdiff1d(split.labels[split.test_seen], split.seen)
+    require(
+        len(stray) == 0,
+        where,
+        f"test_seen_loc holds {len(stray)} classes without a trainval image, "
+        f"the first is {stray[:1]}",
+    )
+
+
+def validation_split(split: Split, share: float, seed: int, source) -> Split:
+    """A split inside trainval, to choose epochs on (docs/method.md, section 9).
+
+    Its unseen classes are the val classes. Its test_seen part is a random `share` of the train
+    classes' images. Labels and attributes are those of trainval's classes alone, numbered anew:
+    the real unseen classes do not occur in it, not even as columns.
+
+    source: the file, for errors. Raises UserError where train and val are missing, share a class,
+    or leave no image to hold out.
     """
     if split.train is None or split.val is None:
-        raise UserError(f"{source} has no train_loc and val_loc: protocol validated needs xlsa17's; preprocess again, or use paper")
+        raise UserError(
+            f"{source} has no train_loc and val_loc: protocol validated needs xlsa17's; "
+            "preprocess again, or use paper"
+        )
     labels = np.searchsorted(split.seen, split.labels)
-    held_out_classes, train_classes = np.unique(labels[split.val]), np.unique(labels[split.train])
-    if not len(held_out_classes) or not len(train_classes) or np.intersect1d(held_out_classes, train_classes).size:
-        raise UserError(f"{source}: train_loc and val_loc do not divide trainval's classes: protocol validated needs xlsa17's proposed split")
-    rng = np.random.default_rng(seed)
-    held_out = []
-    for label in train_classes:
-        images = split.train[labels[split.train] == label]
-        count = min(max(round(share * len(images)), 1), len(images) - 1)
-        held_out.append(rng.permutation(images)[:count])
-    held_out = np.sort(np.concatenate(held_out))
+    val_classes = np.unique(labels[split.val])
+    train_classes = np.unique(labels[split.train])
+    shared = np.intersect1d(val_classes, train_classes)
+    if not len(val_classes) or not len(train_classes) or shared.size:
+        raise UserError(
+            f"{source}: train_loc and val_loc do not divide trainval's classes: "
+            "protocol validated needs xlsa17's proposed split"
+        )
+
+    held_out = hold_out(split.train, labels, train_classes, share, np.random.default_rng(seed))
     if not len(held_out):
-        raise UserError(f"{source} has a single image of every class to train on: protocol validated can hold none out; use paper")
-    return dataclasses.replace(split, labels=labels, trainval=np.setdiff1d(split.train, held_out), test_seen=held_out,
-                               test_unseen=split.val, att=split.att[split.seen], original_att=split.original_att[split.seen],
-                               train=None, val=None)
+        raise UserError(
+            f"{source} has a single image of every class to train on: "
+            "protocol validated can hold none out; use paper"
+        )
+    return Split(
+        labels=labels,
+        trainval=np.setdiff1d(split.train, held_out),
+        test_seen=held_out,
+        test_unseen=split.val,
+        att=split.att[split.seen],
+        original_att=split.original_att[split.seen],
+    )
+
+
+def hold_out(images, labels, classes, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A random `share` of each class's images, ascending: at least one, and never all of them."""
+    held_out = []
+    for label in classes:
+        of_class = images[labels[images] == label]
+        count = min(max(round(share * len(of_class)), 1), len(of_class) - 1)
+        held_out.append(rng.permutation(of_class)[:count])
+    return np.sort(np.concatenate(held_out))
