@@ -1,51 +1,82 @@
-"""Images -> backbone feature maps -> HDF5, streamed: memory is bounded by the batch, never by the dataset.
+"""Images -> feature maps of a backbone -> an HDF5 file. Memory is bounded by the batch.
 
     python preprocessing.py --dataset CUB --compression
 
-Reads the data root's images and xlsa17 (section 2), writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3).
+Reads the images and xlsa17's split below the data root (docs/method.md, section 2).
+Writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3). Stop it at any time; the same
+command continues. The machinery is in scegg/features.
 """
+
 import argparse
-import json
 from pathlib import Path
 
-import h5py
-import PIL
 import torch
-import torchvision
+from torch import nn
 
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.word_vectors import attribute_vectors
 from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
-from scegg.features.backbones import OFFLINE, build_backbone, fold
+from scegg.features.backbones import OFFLINE, OWN_PIXELS, build_backbone, fold
 from scegg.features.extract import Backbone, default_workers, extract
-from scegg.features.feature_file import FILTERS, feature_file, write_annotations
+from scegg.features.feature_file import (
+    FILTERS,
+    Annotations,
+    feature_file,
+    make_provenance,
+    write_annotations,
+)
 from scegg.features.images import Images, PixelNormalization, check_images, image_transform
 from scegg.features.parts import Parts
-from scegg.features.ranks import device_of_rank, rank_of_ranks, sole_job, wait_for_all_ranks
+from scegg.features.ranks import device_of_rank, is_first_rank, sole_job, wait_for_all_ranks
 from scegg.speed.allocator import keep_freed_memory
 from util import FlagParser, UserError, exit_on_user_error, pick_device
 
 
+def main(argv=None):
+    """Preprocess a dataset as the flags say. Raises UserError for all that a user can put right."""
+    options = parse_arguments(argv)
+    keep_freed_memory()
+    device = pick_device(options.device or device_of_rank())
+    fill_in_defaults(options, device)
+
+    annotations = read_annotations(options)
+    network, weights = build_backbone(options.backbone, options.weights, options.img_size)
+    pixels = pixel_normalization(options)
+    provenance = make_provenance(options, weights, annotations.split, pixels.name, device)
+    images = dataset_images(options, annotations.image_files)
+    settings = provenance | {"batch_size": options.batch_size}
+    parts = Parts(options.output, images.paths, options.compression, settings)
+
+    with sole_job(options.output):
+        if is_first_rank():
+            parts.prepare(map_shape(network, options.img_size))
+        wait_for_all_ranks()
+
+        precision = getattr(torch, options.precision)
+        backbone = Backbone(pixels, fold(network), device, precision, options.batch_size)
+        try:
+            speed = extract(backbone, images, parts, options)
+        finally:
+            parts.remove_if_empty()
+        wait_for_all_ranks()
+
+        if is_first_rank():
+            parts.join(lambda file: write_annotations(file, annotations, provenance))
+            size = options.output.stat().st_size / 1e9
+            print(
+                f"wrote {options.output}: {len(images)} feature maps of {options.backbone} "
+                f"({provenance['weights']}), {size:.2f} GB, {speed:.1f} images/s on {device}"
+            )
+
+
 def parse_arguments(argv=None) -> argparse.Namespace:
+    """The flags. Raises UserError for one that cannot be."""
     parser = FlagParser("Images -> feature maps -> HDF5.")
-    parser.add_argument("--dataset", "-d", required=True, choices=LAYOUTS)
-    parser.add_argument("--compression", "-c", nargs="?", const="gzip", default=None, choices=[name for name in FILTERS if name],
-                        help="compress the feature maps, lossless (default where given: gzip)")
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the backbone's arithmetic")
-    parser.add_argument("--batch_size", "-b", type=int, default=None, help="images a forward pass (default: 4 on CPU, 64 on CUDA)")
-    parser.add_argument("--device", "-g", default=None, help="cpu, cuda or a GPU's number (default: CUDA if there is one)")
-    parser.add_argument("--num_workers", "-n", type=int, default=None,
-                        help="decoding processes (default: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself)")
-    parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of CUB/, SUN/, AWA2/, TOY/, xlsa17/, w2v/")
-    parser.add_argument("--backbone", default="resnet101", help="a torchvision classification CNN, or efficientnet_lite2 (offline)")
-    parser.add_argument("--weights", type=Path, default=None, help="local state dict (default: the pretrained weights)")
-    parser.add_argument("--img_size", type=int, default=448, help="image side in pixels")
-    parser.add_argument("--normalization", choices=("imagenet", "backbone"), default="imagenet",
-                        help="the pixels' mean and std: ImageNet's, as in the paper (default), or those of the weights' training, which "
-                             f"differ for {OFFLINE}")
-    parser.add_argument("--w2v", type=Path, default=None, help=".pkl, .npy, word2vec .bin/.txt or GloVe .txt (default: <data_root>/w2v)")
-    parser.add_argument("--output", type=Path, default=None, help="HDF5 file (default: data/<DS>/feature_map_<backbone>_<DS>.hdf5)")
+    add_data_flags(parser)
+    add_backbone_flags(parser)
+    add_speed_flags(parser)
     options = parser.parse_args(argv)
+
     for name, least in (("batch_size", 1), ("num_workers", 0), ("img_size", 32)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -53,47 +84,136 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     return options
 
 
-def main(argv=None):
-    options = parse_arguments(argv)
-    keep_freed_memory()
-    device = pick_device(options.device or device_of_rank())
-    options.batch_size = options.batch_size or (64 if device.type == "cuda" else 4)
+def add_data_flags(parser: argparse.ArgumentParser):
+    """What is read, and what is written."""
+    folders = ", ".join(f"{name}/" for name in (*LAYOUTS, "xlsa17", "w2v"))
+    parser.add_argument("--dataset", "-d", required=True, choices=LAYOUTS)
+    parser.add_argument("--data_root", type=Path, default=Path("data"), help=f"folder of {folders}")
+    parser.add_argument(
+        "--w2v",
+        type=Path,
+        default=None,
+        help=".pkl, .npy, word2vec .bin/.txt or GloVe .txt (default: <data_root>/w2v)",
+    )
+
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="HDF5 file (default: data/<DS>/feature_map_<backbone>_<DS>.hdf5)",
+    )
+    parser.add_argument(
+        "--compression",
+        "-c",
+        nargs="?",
+        const="gzip",
+        default=None,
+        choices=[name for name in FILTERS if name],
+        help="compress the feature maps, lossless (default where given: gzip)",
+    )
+
+
+def add_backbone_flags(parser: argparse.ArgumentParser):
+    """What the maps are."""
+    parser.add_argument(
+        "--backbone",
+        default="resnet101",
+        help=f"a torchvision classification CNN, or {OFFLINE} (offline)",
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        default=None,
+        help="local state dict (default: the pretrained weights)",
+    )
+
+    parser.add_argument("--img_size", type=int, default=448, help="image side in pixels")
+    parser.add_argument(
+        "--normalization",
+        choices=("imagenet", "backbone"),
+        default="imagenet",
+        help="the pixels' mean and std: ImageNet's, as in the paper (default), or those of the "
+        f"weights' training, which differ for {', '.join(OWN_PIXELS)}",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the backbone's arithmetic",
+    )
+
+
+def add_speed_flags(parser: argparse.ArgumentParser):
+    """What only changes the time it takes."""
+    parser.add_argument(
+        "--device",
+        "-g",
+        default=None,
+        help="cpu, cuda or a GPU's number (default: CUDA if there is one)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        "-b",
+        type=int,
+        default=None,
+        help="images a forward pass (default: 4 on CPU, 64 on CUDA)",
+    )
+
+    parser.add_argument(
+        "--num_workers",
+        "-n",
+        type=int,
+        default=None,
+        help="decoding processes (default: up to 8 beside a GPU, a fourth of the cores beside "
+        "a CPU, which needs them itself)",
+    )
+
+
+def fill_in_defaults(options: argparse.Namespace, device: torch.device):
+    """Set the flags whose default depends on the device or on another flag."""
+    if options.batch_size is None:
+        options.batch_size = 64 if device.type == "cuda" else 4
     if options.num_workers is None:
         options.num_workers = default_workers(device)
+    if options.output is None:
+        options.output = feature_file(options.dataset, options.backbone)
+
+
+def read_annotations(options: argparse.Namespace) -> Annotations:
+    """What lies below the data root. Raises UserError for all that is missing or cannot be."""
     data_root, dataset = options.data_root, options.dataset
-    output = options.output or feature_file(dataset, options.backbone)
     split, class_names, tails = read_dataset(data_root, dataset)
-    print(split.describe(dataset) + (f"\n{output} is there already: it will be replaced" if output.exists() else ""))
+    print(split.describe(dataset))
+    if options.output.exists():
+        print(f"{options.output} is there already: it will be replaced")
     check_images(data_root / dataset, tails)
-    names = read_attribute_names(data_root, dataset, split.att.shape[1])
-    w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, split.att.shape[1])
-    network, provenance = build_backbone(options.backbone, options.weights, options.img_size)
-    pixels = PixelNormalization(options.backbone, options.normalization)
-    if (options.backbone, options.normalization) == (OFFLINE, "imagenet"):
-        print(f"pixels are normalised as in the paper; {OFFLINE} was trained on others, --normalization backbone gives it those")
-    transform = f"Resize({options.img_size}) CenterCrop({options.img_size}) ToTensor Normalize({pixels.name})"
-    provenance |= {"dataset": dataset, "img_size": options.img_size, "transform": transform,
-                   "normalization": options.normalization, "precision": options.precision, "batch_norm": "folded",
-                   "split_fingerprint": split.fingerprint, "device": device.type,
-                   "versions": json.dumps({"torch": torch.__version__, "torchvision": torchvision.__version__,
-                                           "h5py": h5py.__version__, "pillow": PIL.__version__})}
-    images = Images([data_root / dataset / tail for tail in tails], image_transform(options.img_size), options.num_workers)
-    parts = Parts(output, images.paths, options.compression, provenance | {"batch_size": options.batch_size})
-    with sole_job(output):
-        if rank_of_ranks()[0] == 0:
-            with torch.inference_mode():
-                parts.prepare(network(torch.zeros(1, 3, options.img_size, options.img_size)).shape[1:])
-        wait_for_all_ranks()
-        backbone = Backbone(pixels, fold(network), device, getattr(torch, options.precision), options.batch_size)
-        try:
-            speed = extract(backbone, images, parts, options)
-        finally:
-            parts.remove_if_empty()
-        wait_for_all_ranks()
-        if rank_of_ranks()[0] == 0:
-            parts.join(lambda file: write_annotations(file, split, w2v, class_names, names, tails, provenance | {"w2v": w2v_source}))
-            print(f"wrote {output}: {len(tails)} feature maps of {options.backbone} ({provenance['weights']}), "
-                  f"{output.stat().st_size / 1e9:.2f} GB, {speed:.1f} images/s on {device}")
+
+    count = split.att.shape[1]
+    names = read_attribute_names(data_root, dataset, count)
+    w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, count)
+    return Annotations(split, w2v, w2v_source, class_names, names, tails)
+
+
+def pixel_normalization(options: argparse.Namespace) -> PixelNormalization:
+    """The normalisation asked for, and a line where the weights were trained with another."""
+    if options.backbone in OWN_PIXELS and options.normalization == "imagenet":
+        print(
+            f"pixels are normalised as in the paper; {options.backbone} was trained on others, "
+            "--normalization backbone gives it those"
+        )
+    return PixelNormalization(options.backbone, options.normalization)
+
+
+def dataset_images(options: argparse.Namespace, tails: list[str]) -> Images:
+    """The images to be read; tails: their paths in the dataset's folder."""
+    paths = [options.data_root / options.dataset / tail for tail in tails]
+    return Images(paths, image_transform(options.img_size), options.num_workers)
+
+
+@torch.inference_mode()
+def map_shape(network: nn.Module, img_size: int) -> tuple[int, int, int]:
+    """(D, h, w) of the network's map of an image."""
+    return network(torch.zeros(1, 3, img_size, img_size)).shape[1:]
 
 
 if __name__ == "__main__":

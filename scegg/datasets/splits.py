@@ -165,7 +165,7 @@ def check_parts(split: Split, where):
 
 
 def check_seen_and_unseen(split: Split, where):
-    """Raises UserError for a class both seen and unseen, and for test_seen classes not in trainval."""
+    """Raises UserError for a class that is seen and unseen, or tested as seen but not trained."""
     both = np.intersect1d(split.seen, split.unseen)
     problem = f"{len(both)} classes are both seen and unseen, the first is {both[:1]}"
     require(len(both) == 0, where, problem)

@@ -1,9 +1,14 @@
-"""Images through the backbone into the parts of the feature file."""
+"""Run images through the backbone and write its maps: memory is bounded by the batch.
+
+Three things go on at the same time: the loader decodes images, the backbone computes maps, and a
+thread writes the maps that are done.
+"""
 
 import contextlib
 import os
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -11,6 +16,7 @@ from queue import Full, Queue
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -19,47 +25,81 @@ from scegg.features.parts import Parts
 from scegg.features.ranks import rank_of_ranks
 from util import UserError
 
-DECODED_AT_ONCE = 8  # batches, by a CPU's own threads: after each forward pass the backbone's hold the cores for a while
-AHEAD = 6  # batches of maps that wait to be written, while a part is made safe on the disk (at least a load's)
+# batches in a load that a CPU decodes in its own threads: after each forward pass, the backbone's
+# threads hold the cores for a while
+DECODED_AT_ONCE = 8
+AHEAD = 6  # batches of maps that may wait while the disk is slow (at least one load)
 
 
 class Backbone:
-    """Images (B, 3, S, S) uint8 -> maps (B, D, h, w) float32 on the device, in fewer images at once where its memory is too small."""
+    """Images (B, 3, S, S) uint8 -> maps (B, D, h, w) float32 on the device.
 
-    def __init__(self, pixels: PixelNormalization, network, device: torch.device, precision: torch.dtype, at_once: int):
-        self.pixels, self.network = pixels.to(device), network.to(device, memory_format=torch.channels_last)
-        self.device, self.precision, self.at_once = device, precision, at_once
-        torch.backends.cudnn.allow_tf32 = False  # float32 means float32: cuDNN would use TF32 unasked
+    at_once: images in one forward pass; it is halved where the device's memory is too small.
+    """
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def __init__(
+        self,
+        pixels: PixelNormalization,
+        network: torch.nn.Module,
+        device: torch.device,
+        precision: torch.dtype,
+        at_once: int,
+    ):
+        self.pixels = pixels.to(device)
+        self.network = network.to(device, memory_format=torch.channels_last)
+        self.device = device
+        self.precision = precision
+        self.at_once = at_once
+        # float32 means float32: cuDNN would use TF32 unasked
+        torch.backends.cudnn.allow_tf32 = False
+
+    def __call__(self, images: Tensor) -> Tensor:
         while True:
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 pieces = [self.maps(piece) for piece in images.split(self.at_once)]
                 return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
             if self.at_once == 1:
-                raise UserError("the GPU's memory is too small for one image: use a smaller --img_size, or --device cpu")
+                raise UserError(
+                    "the GPU's memory is too small for one image: "
+                    "use a smaller --img_size, or --device cpu"
+                )
             self.at_once = (min(self.at_once, len(images)) + 1) // 2
             torch.cuda.empty_cache()
-            print(f"the GPU's memory is full: going on with {self.at_once} images at once", flush=True)
+            print(
+                f"the GPU's memory is full: going on with {self.at_once} images at once",
+                flush=True,
+            )
 
-    def maps(self, images: torch.Tensor) -> torch.Tensor:
-        images = self.pixels(images.to(self.device, non_blocking=True, memory_format=torch.channels_last))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16):
-            return self.network(images).float().contiguous()  # in the file's order, of which a GPU makes less work than the host
+    def maps(self, images: Tensor) -> Tensor:
+        """One forward pass; the maps are in the file's layout, channels first.
+
+        Channels come first already here: changing the layout is less work for a GPU than for the
+        host.
+        """
+        images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
+        images = self.pixels(images)
+        use_bfloat16 = self.precision == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bfloat16):
+            return self.network(images).float().contiguous()
 
 
-class Sent:
-    """Maps (B, D, h, w) on their way from the device to the host: the copy begins when the backbone is done with them."""
+class MapsOnTheirWay:
+    """Maps (B, D, h, w) whose copy to the host has been asked for, but may not have ended.
 
-    def __init__(self, maps: torch.Tensor):
+    The copy begins when the backbone is done with them.
+    """
+
+    def __init__(self, maps: Tensor):
         finite = torch.isfinite(maps.sum())  # a sum is finite only where every term is
-        self.maps, self.finite = (tensor.to("cpu", non_blocking=True) for tensor in (maps, finite))
+        self.maps = maps.to("cpu", non_blocking=True)
+        self.finite = finite.to("cpu", non_blocking=True)
         self.arrival = torch.cuda.Event() if maps.is_cuda else None
         if self.arrival:
             self.arrival.record()
 
     def arrived(self) -> np.ndarray:
-        """The maps, once they are there; raises UserError if one is not finite."""
+        """The maps, once they are there. Raises UserError if one is not finite."""
         if self.arrival:
             self.arrival.synchronize()
         if not self.finite:
@@ -68,93 +108,163 @@ class Sent:
 
 
 @torch.inference_mode()
-def forward(backbone, loaded, batch_size: int):
-    """For each load of images its maps on the host, a list of (batch_size, D, h, w) float32.
+def forward(
+    backbone: Backbone, loaded: Iterable[Tensor | Unreadable], batch_size: int
+) -> Iterator[list[np.ndarray]]:
+    """Yield the maps of each load of images, a list of (batch_size, D, h, w) float32 on the host.
 
-    A GPU has its work on the next load by then. On a CPU that decodes by itself the next load is decoded meanwhile, so that whatever
-    is made of the maps runs beside that and not beside the backbone, each of whose layers would wait for the thread that lost its core.
+    A load's maps are yielded after the next load was started. So a GPU has work meanwhile. On a
+    CPU that decodes in its own threads, writing then runs beside the decoding, not beside the
+    backbone: each layer of that would wait for the thread that lost its core.
+
+    Raises UserError for an image that cannot be read, after the maps before it were yielded.
     """
     waiting = []
     for images in loaded:
         if isinstance(images, Unreadable):
-            if waiting:  # perhaps the last of a part
+            if waiting:  # they may be the last of a part
                 yield [maps.arrived() for maps in waiting]
             raise UserError(images)
-        sent = [Sent(backbone(batch)) for batch in images.split(batch_size)]
+
+        started = [MapsOnTheirWay(backbone(batch)) for batch in images.split(batch_size)]
         if waiting:
             yield [maps.arrived() for maps in waiting]
-        waiting = sent
+        waiting = started
     if waiting:
         yield [maps.arrived() for maps in waiting]
 
 
-def hand_over(loads, ahead: int, make, writer: ThreadPoolExecutor) -> Future:
-    """Have `make(iterator)` use up the batches of `loads` in the thread of `writer`, at most `ahead` behind: the backbone does not wait for the disk.
+class WriteBehind:
+    """Writes parts in a thread of its own, so that the backbone does not wait for the disk.
 
-    Returns what becomes of `make`, which may still be at work. Raises what it raised, if it ended early.
+    ahead: loads of maps that may wait to be written. At most one part is still unfinished when the
+    next one begins: the disk makes it safe while the first maps of the next are computed.
     """
-    handed = Queue(ahead)
 
-    def received():
-        while (load := handed.get()) is not None:
-            yield from load
+    def __init__(self, ahead: int):
+        self.ahead = ahead
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.unfinished: deque[Future] = deque()
 
-    made = writer.submit(make, received())
+    def __enter__(self):
+        return self
 
-    def put(item):
-        while not made.done():
-            with contextlib.suppress(Full):
-                return handed.put(item, timeout=1)
-        made.result()
+    def __exit__(self, *error):
+        self.thread.shutdown()
 
-    try:
-        for load in loads:
-            put(load)
-    finally:
-        put(None)
-    return made
+    def write(self, make, loads: Iterable[list[np.ndarray]]):
+        """Have `make(batches)` write one part of the file from the batches in `loads`.
+
+        Returns when the last load was handed over; the part may be unfinished then.
+        Raises what the writing of this part or of an earlier one has raised.
+        """
+        while self.unfinished and (len(self.unfinished) > 1 or self.unfinished[0].done()):
+            self.unfinished.popleft().result()
+
+        queue = Queue(self.ahead)
+        part = self.thread.submit(make, batches_from(queue))
+        self.unfinished.append(part)
+        try:
+            for load in loads:
+                put(queue, load, part)
+        finally:
+            put(queue, None, part)
+
+    def finish(self):
+        """Wait for the unfinished parts. Raises what their writing has raised."""
+        while self.unfinished:
+            self.unfinished.popleft().result()
+
+
+def batches_from(queue: Queue) -> Iterator[np.ndarray]:
+    """Yield the batches of the loads in the queue, up to a None."""
+    while (load := queue.get()) is not None:
+        yield from load
+
+
+def put(queue: Queue, item, part: Future):
+    """Put an item into the queue once there is room. Raises what ended the part, if it ended."""
+    while not part.done():
+        with contextlib.suppress(Full):
+            queue.put(item, timeout=1)
+            return
+    part.result()
 
 
 def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
-    """Run this rank's share of the images through the backbone into parts. Returns images per second."""
-    todo = parts.missing(*rank_of_ranks())
-    at_once = options.batch_size * (1 if options.num_workers or backbone.device.type == "cuda" else DECODED_AT_ONCE)
+    """Run this rank's share of the images through the backbone into parts.
+
+    options: batch_size and num_workers. Returns images per second.
+    """
+    starts = parts.missing(*rank_of_ranks())
+    on_gpu = backbone.device.type == "cuda"
+    batches_in_load = 1 if options.num_workers or on_gpu else DECODED_AT_ONCE
+    at_once = batches_in_load * options.batch_size
+    loads = {start: split_rows(parts.rows(start), at_once) for start in starts}
+    count = sum(len(parts.rows(start)) for start in starts)
+    report_done(count, len(images))
+
+    loader = DataLoader(
+        images,
+        batch_sampler=[rows for start in starts for rows in loads[start]],
+        num_workers=options.num_workers,
+        collate_fn=collate,
+        pin_memory=on_gpu,
+        prefetch_factor=4 if options.num_workers else None,
+    )
     ahead = max(1, AHEAD * options.batch_size // at_once)
-    loads = [list(parts.rows(start))[at:at + at_once] for start in todo for at in range(0, len(parts.rows(start)), at_once)]
-    loader = DataLoader(images, batch_sampler=loads, num_workers=options.num_workers, collate_fn=collate,
-                        pin_memory=backbone.device.type == "cuda", prefetch_factor=4 if options.num_workers else None)
-    count, began = sum(map(len, loads)), time.perf_counter()
-    if count < len(images):
-        print(f"{len(images) - count} of {len(images)} images are done already"
-              + (", or another rank's" if rank_of_ranks()[1] > 1 else ""))
-    with tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar, ThreadPoolExecutor(max_workers=1) as writer:
-        maps, made = forward(backbone, loader, options.batch_size), deque()
-        try:
-            for start in todo:
-                while made and (len(made) > 1 or made[0].done()):
-                    made.popleft().result()
-                loads_of_part = -(-len(parts.rows(start)) // at_once)
-                made.append(hand_over(progressing(bar, maps, loads_of_part), ahead, partial(parts.make, start), writer))
-            while made:
-                made.popleft().result()
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(f"a decoding process was killed ({error}): is memory short? Run again with fewer --num_workers") from None
+    began = time.perf_counter()
+    with (
+        tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar,
+        WriteBehind(ahead) as writer,
+        told_of_killed_workers(),
+    ):
+        maps = forward(backbone, loader, options.batch_size)
+        for start in starts:
+            of_part = islice(maps, len(loads[start]))
+            writer.write(partial(parts.make, start), counted(of_part, bar))
+        writer.finish()
     return count / (time.perf_counter() - began)
 
 
-def progressing(bar: tqdm, maps, loads: int):
-    """The maps of the next `loads` loads, counted on the bar."""
-    for load in islice(maps, loads):
+def split_rows(rows: range, at_once: int) -> list[list[int]]:
+    """The rows of a part in loads of at most `at_once`; no load has rows of two parts."""
+    rows = list(rows)
+    return [rows[at : at + at_once] for at in range(0, len(rows), at_once)]
+
+
+def report_done(todo: int, images: int):
+    """Say how many images this run need not process."""
+    if todo < images:
+        others = ", or another rank's" if rank_of_ranks()[1] > 1 else ""
+        print(f"{images - todo} of {images} images are done already{others}")
+
+
+def counted(loads: Iterable[list[np.ndarray]], bar: tqdm) -> Iterator[list[np.ndarray]]:
+    """The same loads, with their images counted on the bar."""
+    for load in loads:
         yield load
         bar.update(sum(map(len, load)))
 
 
-def default_workers(device: torch.device) -> int:
-    """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU, which needs them itself.
+@contextlib.contextmanager
+def told_of_killed_workers():
+    """Turn what DataLoader raises when a worker was killed into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a decoding process was killed ({error}): is memory short? "
+            "Run again with fewer --num_workers"
+        ) from None
 
-    The ranks of a `torchrun` on one machine share its cores.
+
+def default_workers(device: torch.device) -> int:
+    """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU.
+
+    A CPU needs its cores itself. The ranks of a `torchrun` on one machine share its cores.
     """
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, max(cores, 1) if device.type == "cuda" else cores // 4)

@@ -1,78 +1,244 @@
-"""The HDF5 feature file, said once."""
+"""The format of an HDF5 feature file, said once (docs/method.md, section 3).
 
+    feature_map                               (N, D, h, w) float32, one chunk an image
+    labels                                    (N,) classes, from 0
+    trainval_loc, test_seen_loc, test_unseen_loc    images of each part, from 0
+    att, original_att                         (C, K) class attributes
+    w2v_att                                   (K, d) word vectors of the attributes
+    train_loc, val_loc                        images inside trainval, for validation; optional
+    allclasses_names, attribute_names, image_files  texts (C), (K), (N); optional
+
+`make_provenance` lists the attributes of the file; one more is w2v, the word vectors' source.
+The maps are compressed by gzip or lzf, or not at all. `parts.py` writes files and `reader.py`
+reads them with the functions here.
+"""
+
+import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
+import PIL
+import torch
+import torchvision
 from isal import isal_zlib
 
 from scegg.datasets.splits import Split
 
-REQUIRED = ("feature_map", "labels", "trainval_loc", "test_seen_loc", "test_unseen_loc", "att", "original_att", "w2v_att")
-# what h5py and ISA-L raise over damaged bytes
-DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError, AttributeError, IndexError, isal_zlib.error)
-TEXTS = ("allclasses_names", "attribute_names", "image_files")
+MAPS = "feature_map"
+WORD_VECTORS = "w2v_att"
+# field of Split -> dataset
+SPLIT_DATASETS = {
+    "labels": "labels",
+    "trainval": "trainval_loc",
+    "test_seen": "test_seen_loc",
+    "test_unseen": "test_unseen_loc",
+    "att": "att",
+    "original_att": "original_att",
+}
+OPTIONAL_SPLIT_DATASETS = {"train": "train_loc", "val": "val_loc"}
+CLASS_NAMES, ATTRIBUTE_NAMES, IMAGE_FILES = "allclasses_names", "attribute_names", "image_files"
+
+REQUIRED = (MAPS, *SPLIT_DATASETS.values(), WORD_VECTORS)
+OPTIONAL = (*OPTIONAL_SPLIT_DATASETS.values(), CLASS_NAMES, ATTRIBUTE_NAMES, IMAGE_FILES)
+
 GZIP_LEVEL = 1  # ISA-L's: nearly as small as zlib's level 4 in a tenth of the time
 GZIP_SHARE = 0.35  # of the uncompressed size: an estimate, until there are parts to tell
-FILTERS = {None: {}, "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL}, "lzf": {"compression": "lzf"}}
+FILTERS = {
+    None: {},
+    "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL},
+    "lzf": {"compression": "lzf"},
+}
+
+# what h5py and ISA-L raise over damaged bytes
+DAMAGE = (
+    OSError,
+    KeyError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    MemoryError,
+    AttributeError,
+    IndexError,
+    isal_zlib.error,
+)
 
 
 def feature_file(dataset: str, backbone: str) -> Path:
-    """Where preprocessing puts, and training looks for, the feature maps: data/<DS>/feature_map_<backbone>_<DS>.hdf5."""
-    name = {"resnet101": "ResNet_101"}.get(backbone, backbone)  # the published code's file name
+    """Where preprocessing puts a feature file, and training looks for it.
+
+    The path is data/<DS>/feature_map_<backbone>_<DS>.hdf5.
+    """
+    name = "ResNet_101" if backbone == "resnet101" else backbone  # the published code's file name
     return Path("data") / dataset / f"feature_map_{name}_{dataset}.hdf5"
 
 
-def create_maps(file: h5py.File, shape: tuple[int, int, int, int], compression: str | None) -> h5py.Dataset:
-    """The empty dataset feature_map (n, D, h, w) float32, one chunk an image."""
-    return file.create_dataset("feature_map", shape, "f4", chunks=(1, *shape[1:]), **FILTERS[compression])
+# ---------------------------------------------------------------- all but the maps
+
+
+class Annotations(NamedTuple):
+    """Everything in a feature file but the maps and their provenance.
+
+    w2v: (K, d), word vectors from w2v_source. class_names (C), attribute_names (K; None where
+    nobody says them) and image_files (N), relative to the dataset's folder.
+    """
+
+    split: Split
+    w2v: np.ndarray
+    w2v_source: str
+    class_names: list[str]
+    attribute_names: list[str] | None
+    image_files: list[str]
+
+
+def make_provenance(
+    options, weights: dict[str, str], split: Split, pixels: str, device: torch.device
+) -> dict:
+    """What the maps depend on, in the words of the file.
+
+    options: dataset, img_size, normalization and precision. weights: backbone, weights and
+    weights_sha256, as `build_backbone` gives them. pixels: the name of the pixel statistics.
+    """
+    versions = {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "h5py": h5py.__version__,
+        "pillow": PIL.__version__,
+    }
+    size = options.img_size
+
+    return {
+        **weights,
+        "dataset": options.dataset,
+        "img_size": size,
+        "transform": f"Resize({size}) CenterCrop({size}) ToTensor Normalize({pixels})",
+        "normalization": options.normalization,
+        "precision": options.precision,
+        "batch_norm": "folded",
+        "split_fingerprint": split.fingerprint,
+        "device": device.type,
+        "versions": json.dumps(versions),
+    }
+
+
+def write_annotations(file: h5py.File, annotations: Annotations, provenance: dict):
+    """Write everything but the maps.
+
+    The provenance and w2v, the source of the word vectors, become attributes of the file.
+    """
+    split = annotations.split
+    for field, name in SPLIT_DATASETS.items():
+        file.create_dataset(name, data=getattr(split, field))
+    file.create_dataset(WORD_VECTORS, data=annotations.w2v)
+    for field, name in OPTIONAL_SPLIT_DATASETS.items():
+        if getattr(split, field) is not None:
+            file.create_dataset(name, data=getattr(split, field))
+
+    texts = {
+        CLASS_NAMES: annotations.class_names,
+        ATTRIBUTE_NAMES: annotations.attribute_names,
+        IMAGE_FILES: annotations.image_files,
+    }
+    for name, lines in texts.items():
+        if lines is not None:
+            file.create_dataset(name, data=lines, dtype=h5py.string_dtype())
+
+    for name, value in provenance.items():
+        file.attrs[name] = value
+    file.attrs["w2v"] = annotations.w2v_source
+
+
+def read_provenance(file: h5py.File) -> dict:
+    """The attributes of a file that are texts or numbers; no others are ours."""
+    provenance = {}
+    for name, value in file.attrs.items():
+        if isinstance(value, (str, np.integer, np.floating)):
+            provenance[name] = value.item() if isinstance(value, np.generic) else value
+    return provenance
+
+
+# ---------------------------------------------------------------- the maps
+
+
+def create_maps(
+    file: h5py.File, shape: tuple[int, int, int, int], compression: str | None
+) -> h5py.Dataset:
+    """The empty dataset of maps (n, D, h, w) float32, one chunk an image."""
+    chunks = (1, *shape[1:])
+    return file.create_dataset(MAPS, shape, "f4", chunks=chunks, **FILTERS[compression])
+
+
+def pack_map(image_map: np.ndarray, compression: str | None):
+    """The bytes of a map (D, h, w) in its chunk: packed by gzip, or as they are.
+
+    The bytes are those of HDF5's own gzip filter. ISA-L makes them much faster than that filter's
+    zlib, and it releases Python's lock.
+    """
+    if compression == "gzip":
+        return isal_zlib.compress(image_map.data, GZIP_LEVEL)
+    return image_map
+
+
+def unpack_map(chunk: bytes, shape: tuple[int, int, int], image: int) -> np.ndarray:
+    """The map (D, h, w) in a gzip chunk; image: its number, for errors.
+
+    It takes no more memory than a map has, whatever the chunk promises.
+    Raises ValueError or isal_zlib.error for other contents.
+    """
+    size = 4 * math.prod(shape)
+    stream = isal_zlib.decompressobj()
+    content = stream.decompress(chunk, size + 1)
+    if not stream.eof:
+        raise ValueError(f"the map of image {image} does not end where it should")
+    return np.frombuffer(content, "<f4").reshape(shape)
 
 
 def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """The rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32. Raises what DAMAGE lists over damaged bytes."""
+    """Read the rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32.
+
+    Raises one of DAMAGE over damaged bytes.
+    """
     if gzip_chunks(dataset):
-        return unpack_chunks(dataset, indices, maps)
+        read_gzip_chunks(dataset, indices, maps)
+        return
     for row, index in enumerate(indices):
         dataset.read_direct(maps[row], np.s_[int(index)])
 
 
 def gzip_chunks(dataset: h5py.Dataset) -> bool:
-    """Whether each row of a dataset (N, D, h, w) is one chunk of little-endian float32 under gzip alone, as ours are."""
+    """Whether each row of a dataset (N, D, h, w) is one gzip chunk of little-endian float32.
+
+    Our own files are like that; for others, HDF5 itself reads.
+    """
     filters = dataset.id.get_create_plist()
-    return (dataset.chunks == (1, *dataset.shape[1:]) and dataset.dtype == np.dtype("<f4") and filters.get_nfilters() == 1
-            and filters.get_filter(0)[0] == h5py.h5z.FILTER_DEFLATE)
+    return (
+        dataset.chunks == (1, *dataset.shape[1:])
+        and dataset.dtype == np.dtype("<f4")
+        and filters.get_nfilters() == 1
+        and filters.get_filter(0)[0] == h5py.h5z.FILTER_DEFLATE
+    )
 
 
-def unpack_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """`read_maps` where `gzip_chunks` is true: ISA-L unpacks in threads, HDF5's own zlib would in one, and takes longer for each."""
+def read_gzip_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
+    """`read_maps` where `gzip_chunks` is true: ISA-L unpacks the chunks in threads.
+
+    HDF5's own zlib would unpack them in one thread, and more slowly.
+    """
+
     def unpack(row, filters_left_out, chunk):
-        if not filters_left_out:  # HDF5 leaves gzip out where it gains nothing
-            stream = isal_zlib.decompressobj()
-            chunk = stream.decompress(chunk, maps[row].nbytes + 1)  # no more, whatever the chunk promises
-            if not stream.eof:
-                raise ValueError(f"the map of image {indices[row]} does not end where it should")
-        maps[row] = np.frombuffer(chunk, "<f4").reshape(maps.shape[1:])
+        if filters_left_out:  # HDF5 leaves gzip out where it gains nothing
+            maps[row] = np.frombuffer(chunk, "<f4").reshape(maps.shape[1:])
+        else:
+            maps[row] = unpack_map(chunk, maps.shape[1:], indices[row])
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        made = [pool.submit(unpack, row, *dataset.id.read_direct_chunk((int(index), 0, 0, 0))) for row, index in enumerate(indices)]
-        for unpacked in made:
-            unpacked.result()
-
-
-def write_annotations(file: h5py.File, split: Split, w2v: np.ndarray, class_names: list[str],
-                      attribute_names: list[str] | None, tails: list[str], provenance: dict):
-    """Everything but the maps: section 3's datasets, names and paths beside them, provenance as attributes."""
-    arrays = {"labels": split.labels, "trainval_loc": split.trainval, "test_seen_loc": split.test_seen,
-              "test_unseen_loc": split.test_unseen, "att": split.att, "original_att": split.original_att,
-              "w2v_att": w2v, "train_loc": split.train, "val_loc": split.val}
-    texts = {"allclasses_names": class_names, "attribute_names": attribute_names, "image_files": tails}
-    for name, array in arrays.items():
-        if array is not None:
-            file.create_dataset(name, data=array)
-    for name, lines in texts.items():
-        if lines is not None:
-            file.create_dataset(name, data=lines, dtype=h5py.string_dtype())
-    for name, value in provenance.items():
-        file.attrs[name] = value
+        unpacked = []
+        for row, index in enumerate(indices):
+            filters_left_out, chunk = dataset.id.read_direct_chunk((int(index), 0, 0, 0))
+            unpacked.append(pool.submit(unpack, row, filters_left_out, chunk))
+        for result in unpacked:
+            result.result()

@@ -1,8 +1,8 @@
-"""HDF5 feature file -> checked splits, normalised feature maps, class-balanced batches of their positions.
+"""A feature file, checked, and its maps as SCEN reads them: (R, D), one unit vector a position.
 
-A feature map leaves here as SCEN reads it: (R, D), positions first, L2-normalised over channels. It is normalised once,
-when it is read, not in every step.
+Maps are normalised when they are read, so once, and not in every training step.
 """
+
 import dataclasses
 import math
 from pathlib import Path
@@ -13,34 +13,62 @@ import torch
 from torch import Tensor
 
 from scegg.datasets.splits import Split, check_split
-from scegg.features.feature_file import DAMAGE, REQUIRED, TEXTS, read_maps
+from scegg.features.feature_file import (
+    ATTRIBUTE_NAMES,
+    CLASS_NAMES,
+    DAMAGE,
+    IMAGE_FILES,
+    MAPS,
+    OPTIONAL,
+    OPTIONAL_SPLIT_DATASETS,
+    REQUIRED,
+    SPLIT_DATASETS,
+    WORD_VECTORS,
+    read_maps,
+    read_provenance,
+)
 from util import UserError, survives
 
 PATIENCE = 120  # seconds that opening a file may take
-LARGEST = 1 << 28  # elements of an array that is read in one piece: a few hostile bytes can promise any number
-READ_AT_ONCE = 16  # images: what they need while they are normalised adds to the peak of memory
+# elements of an array that is read in one piece: a few hostile bytes can promise any number
+LARGEST = 1 << 28
+READ_AT_ONCE = 16  # images: their memory while they are normalised adds to the peak
+
+
+# ---------------------------------------------------------------- normalisation
 
 
 def normalize_positions(maps: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B, R, D), each position's channels scaled to unit length (section 4)."""
+    """(B, D, h, w) -> (B, R, D), each position's channels scaled to unit length.
+
+    docs/method.md, section 4.
+    """
     return divide_positions(maps, position_norms(maps))
 
 
 def position_norms(maps: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B, R), the length of each position's channels; not finite where a channel is not."""
+    """(B, D, h, w) -> (B, R), the length of each position's channels; not finite if one is not."""
     return torch.linalg.vector_norm(maps.flatten(2), dim=1).clamp_min(1e-12)
 
 
 def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
-    """(B, D, h, w) over (B, R) -> (B, R, D): the division is the pass that turns the layout."""
+    """(B, D, h, w) over (B, R) -> (B, R, D). The same pass over memory turns the layout."""
     B, D, h, w = maps.shape
-    return torch.div(maps.flatten(2).transpose(1, 2), norms[:, :, None], out=maps.new_empty(B, h * w, D))
+    positions_first = maps.flatten(2).transpose(1, 2)
+    return torch.div(positions_first, norms[:, :, None], out=maps.new_empty(B, h * w, D))
+
+
+# ---------------------------------------------------------------- an open feature file
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """A checked feature file: everything but the maps, which stay on disk. w2v (K, d_v); shape (D, h, w) of a map;
-    image_files (N), where the file says them."""
+    """A checked feature file: everything but the maps, which stay on the disk.
+
+    w2v: (K, d), word vectors of the attributes. shape: (D, h, w) of a map.
+    image_files: (N), None where the file does not say them.
+    """
+
     path: Path
     split: Split
     w2v: np.ndarray
@@ -56,137 +84,278 @@ class Features:
         return 4 * images * math.prod(self.shape)
 
     def raw(self, indices: np.ndarray) -> Tensor:
-        """The maps (n, D, h, w) of the images `indices`, as they stand in the file. Raises UserError for damaged data."""
+        """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
+
+        Raises UserError for damaged data.
+        """
         maps = np.empty((len(indices), *self.shape), np.float32)
         try:
             with h5py.File(self.path, "r") as file:
-                read_maps(file["feature_map"], indices, maps)
+                read_maps(file[MAPS], indices, maps)
         except DAMAGE as error:
-            raise UserError(f"{self.path} is damaged ({error}): run preprocessing.py again") from None
+            raise UserError(
+                f"{self.path} is damaged ({error}): run preprocessing.py again"
+            ) from None
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):
         """Raises UserError if a row of values (n, m), one an image, holds NaN or infinity."""
-        if not torch.isfinite(values).all():
-            bad = (~torch.isfinite(values).all(dim=1)).nonzero()[0].item()
-            raise UserError(f"{self.path}: the feature map of image {indices[bad]} holds NaN or infinity: "
-                            "run preprocessing.py again")
+        if torch.isfinite(values).all():
+            return
+        is_bad = ~torch.isfinite(values).all(dim=1)
+        image = indices[is_bad.nonzero()[0].item()]
+        raise UserError(
+            f"{self.path}: the feature map of image {image} holds NaN or infinity: "
+            "run preprocessing.py again"
+        )
 
     def normalized(self, maps: Tensor, indices: np.ndarray) -> Tensor:
-        """(n, R, D) of the maps (n, D, h, w) of the images `indices`. Raises UserError for NaN and infinity."""
+        """(n, R, D) of the maps (n, D, h, w) of the images `indices`.
+
+        Raises UserError for NaN and infinity.
+        """
         norms = position_norms(maps)
         self.check_finite(norms, indices)
         return divide_positions(maps, norms)
 
     def read(self, indices: np.ndarray) -> Tensor:
-        """Normalised maps (n, R, D) of the images `indices`. Raises UserError for NaN, infinity and damaged data."""
+        """Normalised maps (n, R, D) of the images `indices`.
+
+        Raises UserError for NaN, infinity and damaged data.
+        """
         return self.normalized(self.raw(indices), indices)
 
     def pooled(self, indices: np.ndarray) -> Tensor:
-        """The backbone's own visual features (n, D) of the images `indices`: their maps' means over positions."""
-        means = torch.cat([self.raw(piece).mean(dim=(2, 3)) for piece in np.array_split(indices, -(-len(indices) // READ_AT_ONCE) or 1)])
+        """The backbone's own visual features (n, D): the maps' means over positions."""
+        pieces = np.array_split(indices, -(-len(indices) // READ_AT_ONCE) or 1)
+        means = torch.cat([self.raw(piece).mean(dim=(2, 3)) for piece in pieces])
         self.check_finite(means, indices)
         return means
 
 
+def open_features(
+    path: Path,
+    backbone: str | None = None,
+    img_size: int | None = None,
+    dataset: str | None = None,
+) -> Features:
+    """Open and check a feature file, ours or the published code's (docs/method.md, section 3).
 
-
-def open_features(path: Path, backbone: str | None = None, img_size: int | None = None, dataset: str | None = None) -> Features:
-    """Open and check a feature file (section 3), ours or the published code's.
-
-    Raises UserError for a missing, truncated or foreign file, contents that cannot be true, and features of another
-    backbone, image size or dataset than asked for.
+    Raises UserError for a missing, truncated or foreign file, for contents that cannot be true,
+    and for features of another backbone, image size or dataset than asked for.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is missing: make it with preprocessing.py, or name it with --features")
+        raise UserError(
+            f"{path} is missing: make it with preprocessing.py, or name it with --features"
+        )
     wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
 
     def probe():
-        """What HDF5 itself reads, the whole index of the maps among it: over damaged bytes it may crash, or go round in circles."""
+        """Let HDF5 read all that it will, the index of the maps among it."""
         with h5py.File(path, "r") as file:
             check_features(path, file, wanted)
-            maps = file["feature_map"]
+            maps = file[MAPS]
             return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
 
-    if not survives(probe, PATIENCE):
-        raise UserError(f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again")
+    if not survives(probe, PATIENCE):  # over damaged bytes, HDF5 may crash or never end
+        raise UserError(
+            f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again"
+        )
     try:
         with h5py.File(path, "r") as file:
             return check_features(path, file, wanted)
     except DAMAGE as error:
-        raise UserError(f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again") from None
+        raise UserError(
+            f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again"
+        ) from None
+
+
+# ---------------------------------------------------------------- its checks
+
+
+def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
+    """The body of `open_features`, on an open file.
+
+    wanted: what its provenance must say, None for anything.
+    """
+    datasets = CheckedDatasets(path, file)
+    provenance = read_provenance(file)
+    check_provenance(path, provenance, wanted)
+
+    att = datasets.table(SPLIT_DATASETS["att"])
+    w2v = datasets.table(WORD_VECTORS)
+    labels = datasets.indices(SPLIT_DATASETS["labels"])
+    check_shapes(path, datasets[MAPS], labels, w2v, att)
+
+    split = read_split_datasets(datasets, labels, att)
+    check_split(split, path)
+    written_with = provenance.get("split_fingerprint", split.fingerprint)
+    if written_with != split.fingerprint:
+        raise UserError(
+            f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was "
+            f"written with {written_with}: it was changed afterwards; run preprocessing.py again"
+        )
+
+    class_names = datasets.texts(CLASS_NAMES, len(att))
+    attribute_names = datasets.texts(ATTRIBUTE_NAMES, len(w2v))
+    image_files = datasets.texts(IMAGE_FILES, len(labels))
+    return Features(
+        path=path,
+        split=split,
+        w2v=w2v,
+        shape=datasets[MAPS].shape[1:],
+        compressed=datasets[MAPS].compression is not None,
+        class_names=class_names or numbered("class", len(att)),
+        attribute_names=attribute_names or numbered("attribute", len(w2v)),
+        image_files=image_files,
+        provenance=provenance,
+    )
+
+
+class CheckedDatasets:
+    """The datasets of a feature file; each is checked before it is read.
+
+    Raises UserError for a file that lacks one, and for a dataset of another kind than expected.
+    """
+
+    def __init__(self, path: Path, file: h5py.File):
+        lacking = [key for key in REQUIRED if key not in file]
+        if lacking:
+            raise UserError(
+                f"{path} lacks {', '.join(lacking)}: it is not a feature file; "
+                "make one with preprocessing.py"
+            )
+        self.path = path
+        self.datasets = {
+            key: open_dataset(path, file, key) for key in (*REQUIRED, *OPTIONAL) if key in file
+        }
+
+    def __getitem__(self, key: str) -> h5py.Dataset:
+        return self.datasets[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.datasets
+
+    def array(self, key: str, kinds: str, dimensions: int, what: str) -> np.ndarray:
+        """A dataset's contents; kinds: of numpy's types. what: says this in the error."""
+        dataset = self.datasets[key]
+        if dataset.dtype.kind not in kinds or dataset.ndim != dimensions:
+            raise UserError(
+                f"{self.path}: {key} must be a {what}, it is {dataset.dtype} {dataset.shape}"
+            )
+        return dataset[()]
+
+    def indices(self, key: str) -> np.ndarray:
+        """A vector of whole numbers as int64."""
+        return self.array(key, "ui", 1, "vector of whole numbers").astype(np.int64)
+
+    def table(self, key: str) -> np.ndarray:
+        """A table of numbers as float32."""
+        # too large a number becomes infinity, which is refused later
+        with np.errstate(over="ignore"):
+            return self.array(key, "fui", 2, "table of numbers").astype(np.float32)
+
+    def texts(self, key: str, count: int) -> list[str] | None:
+        """A list of `count` texts, None where the file has no such dataset."""
+        if key not in self.datasets:
+            return None
+        encoded = self.array(key, "OS", 1, "list of texts")
+        texts = [text.decode(errors="replace") for text in encoded if isinstance(text, bytes)]
+        if len(texts) != count:
+            raise UserError(f"{self.path}: {key} holds {len(texts)} texts, expected {count}")
+        return texts
 
 
 def open_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """The dataset `key`, which must lie in this file: links, external storage and virtual datasets could show any other file's bytes."""
-    if not isinstance(file.get(key, getlink=True), h5py.HardLink) or not isinstance(file[key], h5py.Dataset):
-        raise UserError(f"{path}: {key} is a link or a group, expected a dataset in the file itself")
+    """The dataset `key`, whose data must lie in this file.
+
+    A link, an external storage or a virtual dataset could show the bytes of any other file.
+    Raises UserError for these, and for a size that cannot be true.
+    """
+    is_link = not isinstance(file.get(key, getlink=True), h5py.HardLink)
+    if is_link or not isinstance(file[key], h5py.Dataset):
+        raise UserError(
+            f"{path}: {key} is a link or a group, expected a dataset in the file itself"
+        )
     dataset = file[key]
     if dataset.external or dataset.is_virtual:
-        raise UserError(f"{path}: {key} is stored in other files; a feature file holds all of its data")
-    if math.prod(dataset.shape[1:] if key == "feature_map" else dataset.shape or ()) > LARGEST:
+        raise UserError(
+            f"{path}: {key} is stored in other files; a feature file holds all of its data"
+        )
+
+    read_in_one_piece = dataset.shape[1:] if key == MAPS else dataset.shape or ()
+    if math.prod(read_in_one_piece) > LARGEST:
         raise UserError(f"{path}: {key} is of shape {dataset.shape}, which cannot be true")
     return dataset
 
 
-def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
-    """The body of `open_features`, on an open file; wanted: what its provenance must say, None for whatever it says."""
-    lacking = [key for key in REQUIRED if key not in file]
-    if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}: it is not a feature file; make one with preprocessing.py")
-    datasets = {key: open_dataset(path, file, key) for key in (*REQUIRED, "train_loc", "val_loc", *TEXTS) if key in file}
-    # texts and numbers; whatever else an attribute can be is not ours
-    provenance = {name: value.item() if isinstance(value, np.generic) else value for name, value in file.attrs.items()
-                  if isinstance(value, (str, np.integer, np.floating))}
+def check_provenance(path: Path, provenance: dict, wanted: dict):
+    """Raises UserError if the file holds features of something else than wanted.
+
+    A file that says nothing, as the published code's, is taken for what is wanted.
+    """
     for name, value in wanted.items():
-        if value is not None and name in provenance and provenance[name] != value:
-            remedy = f"use the script of {provenance[name]}" if name == "dataset" else f"give --{name} {provenance[name]}"
-            raise UserError(f"{path} holds features of {name} {provenance[name]}, but the run asks for {value}: "
-                            f"{remedy}, or --features another file")
+        if value is None or provenance.get(name, value) == value:
+            continue
+        remedy = f"give --{name} {provenance[name]}"
+        if name == "dataset":
+            remedy = f"use the script of {provenance[name]}"
+        raise UserError(
+            f"{path} holds features of {name} {provenance[name]}, but the run asks for {value}: "
+            f"{remedy}, or --features another file"
+        )
+
     if "backbone" not in provenance:
-        print(f"{path} does not say what made it: taken for {wanted['backbone']} features at {wanted['img_size']} px")
+        print(
+            f"{path} does not say what made it: "
+            f"taken for {wanted['backbone']} features at {wanted['img_size']} px"
+        )
 
-    def array(key, kinds, dimensions, what):
-        dataset = datasets[key]
-        if dataset.dtype.kind not in kinds or dataset.ndim != dimensions:
-            raise UserError(f"{path}: {key} must be a {what}, it is {dataset.dtype} {dataset.shape}")
-        return dataset[()]
 
-    def indices(key):
-        return array(key, "ui", 1, "vector of whole numbers").astype(np.int64)
+def check_shapes(
+    path: Path, maps: h5py.Dataset, labels: np.ndarray, w2v: np.ndarray, att: np.ndarray
+):
+    """Raises UserError unless maps, labels, word vectors and attributes fit together."""
+    is_maps = maps.ndim == 4 and maps.dtype.kind == "f"
+    if not is_maps or len(maps) != len(labels) or 0 in maps.shape:
+        raise UserError(
+            f"{path}: {MAPS} is {maps.dtype} {maps.shape}, "
+            f"expected floats ({len(labels)}, D, h, w), as many as labels"
+        )
 
-    def table(key):
-        with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused
-            return array(key, "fui", 2, "table of numbers").astype(np.float32)
-
-    def texts(key, count, fallback):
-        if key not in datasets:
-            return fallback and [f"{fallback} {index}" for index in range(count)]
-        names = [text.decode(errors="replace") for text in array(key, "OS", 1, "list of texts") if isinstance(text, bytes)]
-        if len(names) != count:
-            raise UserError(f"{path}: {key} holds {len(names)} texts, expected {count}")
-        return names
-
-    att, w2v, maps = table("att"), table("w2v_att"), datasets["feature_map"]
-    labels = indices("labels")
-    if maps.ndim != 4 or maps.dtype.kind != "f" or len(maps) != len(labels) or 0 in maps.shape:
-        raise UserError(f"{path}: feature_map is {maps.dtype} {maps.shape}, expected floats ({len(labels)}, D, h, w), "
-                        "as many as labels")
     if len(w2v) != att.shape[1]:
-        raise UserError(f"{path}: {len(w2v)} attribute word vectors (w2v_att {w2v.shape}), but K = {att.shape[1]} "
-                        f"attributes (att {att.shape})")
+        raise UserError(
+            f"{path}: {len(w2v)} attribute word vectors ({WORD_VECTORS} {w2v.shape}), "
+            f"but K = {att.shape[1]} attributes (att {att.shape})"
+        )
     if not np.isfinite(w2v).all():
-        raise UserError(f"{path}: w2v_att holds NaN or infinity")
-    trainval = indices("trainval_loc")
-    # other writers keep xlsa17's train_loc and val_loc, which reach into test_seen (section 2)
-    optional = {name: np.intersect1d(indices(f"{name}_loc"), trainval) if f"{name}_loc" in datasets else None
-                for name in ("train", "val")}
-    split = check_split(Split(labels, trainval, indices("test_seen_loc"), indices("test_unseen_loc"),
-                              att, table("original_att"), **optional), path)
-    if provenance.get("split_fingerprint", split.fingerprint) != split.fingerprint:
-        raise UserError(f"{path}: its labels and splits have the fingerprint {split.fingerprint}, but it was written with "
-                        f"{provenance['split_fingerprint']}: it was changed afterwards; run preprocessing.py again")
-    return Features(path, split, w2v, maps.shape[1:], maps.compression is not None,
-                    texts("allclasses_names", len(att), "class"), texts("attribute_names", len(w2v), "attribute"),
-                    texts("image_files", len(labels), None), provenance)
+        raise UserError(f"{path}: {WORD_VECTORS} holds NaN or infinity")
+
+
+def read_split_datasets(datasets: CheckedDatasets, labels: np.ndarray, att: np.ndarray) -> Split:
+    """The file's split, not yet checked.
+
+    Other writers keep xlsa17's train_loc and val_loc, which reach into the test images: what lies
+    outside trainval is left out.
+    """
+    trainval = datasets.indices(SPLIT_DATASETS["trainval"])
+    inside = dict.fromkeys(OPTIONAL_SPLIT_DATASETS)
+    for field, key in OPTIONAL_SPLIT_DATASETS.items():
+        if key in datasets:
+            inside[field] = np.intersect1d(datasets.indices(key), trainval)
+
+    return Split(
+        labels=labels,
+        trainval=trainval,
+        test_seen=datasets.indices(SPLIT_DATASETS["test_seen"]),
+        test_unseen=datasets.indices(SPLIT_DATASETS["test_unseen"]),
+        att=att,
+        original_att=datasets.table(SPLIT_DATASETS["original_att"]),
+        **inside,
+    )
+
+
+def numbered(kind: str, count: int) -> list[str]:
+    """Names for what the file has no names for: class 0, class 1 and so on."""
+    return [f"{kind} {index}" for index in range(count)]

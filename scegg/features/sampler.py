@@ -1,20 +1,21 @@
-"""Class-balanced batches."""
+"""Class-balanced batches of positions in trainval (docs/method.md, section 5)."""
 
 import torch
 from torch import Tensor
 
 
 class BalancedSampler:
-    """Class-balanced batches of positions in trainval (section 5).
+    """Draws batches in which every class has the same number of images.
 
-    A batch holds min(Cs, B) distinct seen classes and max(B // Cs, 1) images of each, drawn with replacement; it need
-    not hold B images (AWA2: 40), `batch_size` is what it does hold. labels (n,) of trainval.
+    A batch holds min(Cs, B) distinct seen classes, and max(B // Cs, 1) images of each, drawn with
+    replacement. So it need not hold B images (AWA2: 40); `batch_size` is what it does hold.
+    labels: (n,), those of trainval.
     """
 
     def __init__(self, labels: Tensor, batch_size: int):
-        order = labels.argsort(stable=True)
         _, counts = labels.unique(return_counts=True)
-        self.order, self.counts = order, counts
+        self.order = labels.argsort(stable=True)
+        self.counts = counts
         self.first = counts.cumsum(0) - counts  # where each class starts in `order`
         self.classes = min(len(counts), batch_size)
         self.images = max(batch_size // len(counts), 1)
@@ -22,8 +23,11 @@ class BalancedSampler:
 
     def draw(self, batches: int) -> Tensor:
         """Positions (batches, batch_size), all drawn at once from torch's CPU generator."""
-        classes = torch.rand(batches, len(self.counts)).argsort(dim=1)[:, :self.classes, None]
+        shuffled = torch.rand(batches, len(self.counts)).argsort(dim=1)
+        classes = shuffled[:, : self.classes, None]
         uniform = torch.rand(batches, self.classes, self.images)
-        # float32 rounding can carry uniform * count up to count itself
-        within = torch.minimum((uniform * self.counts[classes]).long(), self.counts[classes] - 1)
+
+        # float32 rounding can carry uniform * count up to the count itself
+        within = (uniform * self.counts[classes]).long()
+        within = torch.minimum(within, self.counts[classes] - 1)
         return self.order[self.first[classes] + within].flatten(1)
