@@ -1,5 +1,4 @@
 """Which numbers are reported, and on what they were chosen."""
-import dataclasses
 import json
 
 import numpy as np
@@ -7,11 +6,8 @@ import pytest
 import torch
 from helpers import SMALL_RUN, feature_arrays, flags, run_training, write_features
 
-from scegg.features.reader import open_features
 from scegg.method.evaluation import Scores
-from scegg.datasets.splits import validation_split
 from scegg.method.selection import Selection
-from util import UserError
 
 
 @pytest.fixture
@@ -21,33 +17,6 @@ def path(tmp_path):
     seen_images = np.flatnonzero(~np.isin(arrays["labels"], (1, 4, 7)))
     is_val = np.isin(arrays["labels"][seen_images], (0, 5))
     return write_features(tmp_path / "f.hdf5", arrays | {"train_loc": seen_images[~is_val], "val_loc": seen_images[is_val]})
-
-
-def test_the_validation_split_lies_inside_trainval_and_holds_classes_out(path):
-    split = open_features(path).split
-    inner = validation_split(split, 0.2, 3, path)
-    parts = [inner.trainval, inner.test_seen, inner.test_unseen]
-    assert sorted(np.concatenate(parts)) == sorted(split.trainval)
-    assert np.array_equal(split.seen[inner.unseen], [0, 5]) and not np.intersect1d(inner.seen, inner.unseen).size
-    assert np.array_equal(np.unique(inner.labels[inner.test_seen]), inner.seen)
-    assert len(inner.att) == len(split.seen) and np.array_equal(inner.att, split.att[split.seen])
-    assert np.array_equal(split.seen[inner.labels[inner.trainval]], split.labels[inner.trainval])
-    assert len(inner.test_seen) == 4 * round(0.2 * 9)
-    again, other = (validation_split(split, 0.2, seed, path).test_seen for seed in (3, 4))
-    assert np.array_equal(inner.test_seen, again) and not np.array_equal(inner.test_seen, other)
-
-
-def test_no_val_classes_is_told(tmp_path):
-    path = write_features(tmp_path / "f.hdf5", feature_arrays())
-    with pytest.raises(UserError, match="has no train_loc and val_loc"):
-        validation_split(open_features(path).split, 0.2, 0, path)
-
-
-def test_one_image_a_class_leaves_none_to_hold_out(path):
-    split = open_features(path).split
-    first = np.sort([split.train[split.labels[split.train] == label][0] for label in np.unique(split.labels[split.train])])
-    with pytest.raises(UserError, match="a single image of every class"):
-        validation_split(dataclasses.replace(split, train=first), 0.2, 0, path)
 
 
 def scores(czsl, gzsl):
