@@ -1,34 +1,74 @@
-"""A training step as a CUDA graph: its dozens of small kernels become one launch, where launching them is what takes the time.
+"""A training step as a CUDA graph.
 
-A graph is trusted only after it has repeated an ordinary step from the same state; where capturing fails, or the numbers
-differ, steps stay ordinary ones.
+A step launches dozens of small kernels, and on a GPU launching them takes most of its time.
+A graph launches them all at once. It is trusted only after it has repeated an ordinary step from
+the same state. If it cannot be captured, or if its numbers differ, steps stay ordinary.
 """
-from typing import Callable, Iterable
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from util import UserError
 
-WARM_UP = 3  # ordinary steps before a capture: optimiser states and cuBLAS's workspaces must be there
+WARM_UP = 3  # ordinary steps first: they make the optimisers' states and cuBLAS's workspaces
 
 
-def graphed(step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> Callable[..., Tensor]:
-    """The fastest form of `step(*tensors)`, which returns losses, on the network's device: itself on a CPU, a GraphedStep on CUDA.
+def graphed(
+    step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]
+) -> Callable[..., Tensor]:
+    """The fastest form of `step(*tensors)`, which returns losses.
 
-    It changes nothing but the network's tensors and the optimizers', which are `capturable`, and never waits for the device.
+    That is the step itself on a CPU, and a GraphedStep where the network is on CUDA. A step
+    changes only tensors of the network and of the optimizers (which are `capturable`), and it
+    never waits for the device.
     """
-    return GraphedStep(step, network, optimizers) if next(network.parameters()).is_cuda else step
+    on_cuda = next(network.parameters()).is_cuda
+    return GraphedStep(step, network, optimizers) if on_cuda else step
+
+
+class CapturedStep(NamedTuple):
+    """A graph, the tensors that it reads as its inputs, and the one that it writes losses to."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    losses: Tensor
+
+    def run(self, *inputs: Tensor) -> Tensor:
+        """One step on these inputs; returns its losses."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.losses.clone()
 
 
 class GraphedStep:
-    """Stands for a step, see `graphed`. Inputs of other shapes than the first call's, as an epoch's last batch, take an ordinary step."""
-    refused = False  # of all, once one could not be captured; of one alone, if its numbers were others
-    first = None  # the first graph, whose memory is all the others', too: no two of them run at once
+    """Stands for a step, see `graphed`.
 
-    def __init__(self, step: Callable[..., Tensor], network: nn.Module, optimizers: Iterable[torch.optim.Optimizer]):
-        self.step, self.network, self.optimizers = step, network, list(optimizers)
-        self.shapes, self.calls, self.graph = None, 0, None
+    Inputs of other shapes than the first call's take an ordinary step, for instance an epoch's
+    last batch.
+    """
+
+    # Set on the class once a capture fails: no step is captured any more.
+    # Set on one object if only its graph's numbers differ.
+    refused = False
+    first_graph = None  # all graphs share its memory: no two of them run at once
+
+    def __init__(
+        self,
+        step: Callable[..., Tensor],
+        network: nn.Module,
+        optimizers: Iterable[torch.optim.Optimizer],
+    ):
+        self.step = step
+        self.network = network
+        self.optimizers = list(optimizers)
+        self.shapes = None
+        self.calls = 0
+        self.captured: CapturedStep | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """One step; returns its losses."""
@@ -36,76 +76,107 @@ class GraphedStep:
         self.shapes = self.shapes or shapes
         if shapes != self.shapes:
             return self.step(*inputs)
+
         self.calls += 1
-        if self.graph is None:
-            return self.step(*inputs) if self.calls <= WARM_UP or self.refused else self.capture(*inputs)
-        graph, held, losses = self.graph
-        for tensor, given in zip(held, inputs):
-            tensor.copy_(given)
-        graph.replay()
-        return losses.clone()
+        if self.captured:
+            return self.captured.run(*inputs)
+        if self.refused or self.calls <= WARM_UP:
+            return self.step(*inputs)
+        return self.capture(*inputs)
 
     def capture(self, *inputs: Tensor) -> Tensor:
-        """An ordinary step, and the same once more as a graph from the same state; keeps the graph if they agree."""
+        """Make an ordinary step, and the same again as a graph; keep the graph if they agree."""
         before = [tensor.clone() for tensor in self.state()]
         losses = self.step(*inputs)
         after = [tensor.clone() for tensor in self.state()]
+
         try:
-            graph, held, graphed_losses = self.record(*inputs)
+            captured = self.record(*inputs)
             self.restore(before)
-            graph.replay()
-            if not torch.allclose(graphed_losses, losses, rtol=1e-3, atol=1e-5) or not self.changed_alike(before, after):
+            captured.graph.replay()
+            same_losses = torch.allclose(captured.losses, losses, rtol=1e-3, atol=1e-5)
+            if not same_losses or not self.changed_alike(before, after):
                 raise UserError("a replayed step gave other numbers than an ordinary one")
-            self.graph = graph, held, graphed_losses
-        except Exception as error:  # torch and CUDA have many names for what cannot be captured
+            self.captured = captured
+        except Exception as error:  # torch and CUDA have many errors for what cannot be captured
             self.refused = True
             self.restore(after)
             print(f"a CUDA graph is not used: {UserError(error)}", flush=True)
+
         return losses
 
-    def record(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        """The step as a graph, the tensors that it reads, which hold the inputs now, and the one that it leaves its losses in.
+    def record(self, *inputs: Tensor) -> CapturedStep:
+        """The step as a graph that holds these inputs now."""
+        with unchanged_by_failure(self.network):
+            shared_memory = GraphedStep.first_graph and GraphedStep.first_graph.pool()
+            own_inputs = [tensor.clone() for tensor in inputs]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=shared_memory):
+                losses = self.step(*own_inputs)
 
-        Where it cannot be made, what the attempt has changed beside the state is put back before the error is raised.
-        """
-        trained = [parameter.requires_grad for parameter in self.network.parameters()]
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        random = torch.cuda.get_rng_state() if stream else None
-        try:
-            held, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=GraphedStep.first and GraphedStep.first.pool()):
-                losses = self.step(*held)
-        except Exception:
-            GraphedStep.refused = True
-            if stream:  # its own stream can still be the current one, and the generator wait for the capture's end
-                torch.cuda.set_stream(stream)
-                generator = torch.Generator(stream.device).set_state(random)
-                torch.cuda.default_generators[stream.device_index].graphsafe_set_state(generator.graphsafe_get_state())
-            for parameter, was_trained in zip(self.network.parameters(), trained):
-                parameter.requires_grad_(was_trained)
-            self.network.zero_grad(set_to_none=True)
-            raise
-        GraphedStep.first = GraphedStep.first or graph
-        return graph, held, losses
+        GraphedStep.first_graph = GraphedStep.first_graph or graph
+        return CapturedStep(graph, own_inputs, losses)
 
     def state(self) -> list[Tensor]:
-        """Everything that a step changes: weights, buffers, the optimisers' tensors."""
-        optimizer_states = (state for optimizer in self.optimizers for state in optimizer.state.values())
-        return [*self.network.parameters(), *self.network.buffers(),
-                *(value for state in optimizer_states for value in state.values() if torch.is_tensor(value))]
+        """Everything that a step changes: weights, then buffers and the optimisers' tensors."""
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if torch.is_tensor(value)]
+        return tensors
 
     @torch.no_grad()
     def restore(self, saved: list[Tensor]):
         """Put the state back, in place: a graph knows its tensors by their addresses."""
-        for tensor, value in zip(self.state(), saved):
+        for tensor, value in zip(self.state(), saved, strict=True):
             tensor.copy_(value)
 
     @torch.no_grad()
     def changed_alike(self, before: list[Tensor], after: list[Tensor]) -> bool:
-        """Whether the weights differ from `after` by less than a hundredth of their change since `before` (2-norms), and
-        single numbers (lambda1, the optimisers' counters) not at all."""
-        state, weights = self.state(), len(list(self.network.parameters()))
-        difference = sum(((now - then).double() ** 2).sum() for now, then in zip(state[:weights], after))
-        change = sum(((then - first).double() ** 2).sum() for then, first in zip(after[:weights], before))
-        counters = all(torch.allclose(now, then) for now, then in zip(state, after) if not now.dim())
-        return counters and bool(difference <= 1e-4 * change)
+        """Whether the replayed step changed the state as the ordinary one did.
+
+        Weights may differ by a hundredth of their change, in the 2-norm. Single numbers (lambda1,
+        the optimisers' counters) must be the same.
+        """
+        now = self.state()
+        weights = len(list(self.network.parameters()))
+        difference = squared_distance(now[:weights], after[:weights])
+        change = squared_distance(after[:weights], before[:weights])
+
+        for tensor, expected in zip(now, after, strict=True):
+            if tensor.dim() == 0 and not torch.allclose(tensor, expected):
+                return False
+        return bool(difference <= 1e-4 * change)
+
+
+def squared_distance(tensors: list[Tensor], others: list[Tensor]) -> Tensor:
+    """The squared 2-norm of all differences together, in float64."""
+    pairs = zip(tensors, others, strict=True)
+    return sum(((one - other).double() ** 2).sum() for one, other in pairs)
+
+
+@contextlib.contextmanager
+def unchanged_by_failure(network: nn.Module):
+    """If a capture fails inside, put back what it changed besides the state, and raise its error.
+
+    That is the current stream, the random generator, the frozen parameters and the gradients.
+    From then on no step is captured.
+    """
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    random_state = torch.cuda.get_rng_state() if stream else None
+
+    try:
+        yield
+    except Exception:
+        GraphedStep.refused = True
+        if stream:
+            # the capture's own stream can still be current, and the generator waits for its end
+            torch.cuda.set_stream(stream)
+            generator = torch.Generator(stream.device).set_state(random_state)
+            default = torch.cuda.default_generators[stream.device_index]
+            default.graphsafe_set_state(generator.graphsafe_get_state())
+        for parameter, was_trained in zip(network.parameters(), trained, strict=True):
+            parameter.requires_grad_(was_trained)
+        network.zero_grad(set_to_none=True)
+        raise
