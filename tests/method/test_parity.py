@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import GOLDEN, ROOT
 
-from scegg.method import plain as literal
+from scegg.method import plain
 import make_golden
 import parity
 from scegg.config import read_config
@@ -58,14 +58,14 @@ def test_scen_equals_transcription(B, D, K, C, side):
     scen = SCEN(torch.randn(K, 20), att, D)
     torch.nn.init.normal_(scen.len.W2, std=0.1)  # zero at first: attention would not be exercised
     seen, labels = torch.arange(0, C, 2), torch.arange(0, C, 2)[torch.randint((C + 1) // 2, (B,))]
-    ours, theirs = scen.losses(normalize_positions(raw), labels, seen), literal.scen_losses(scen, raw, labels, seen)
+    ours, theirs = scen.losses(normalize_positions(raw), labels, seen), plain.scen_losses(scen, raw, labels, seen)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for gradient, expected in zip(torch.autograd.grad(sum(ours), list(scen.parameters())),
                                   torch.autograd.grad(sum(theirs), list(scen.parameters()))):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
     g, S = scen.embed(normalize_positions(raw))
     scen.gen.scaler.fit(g)
-    torch.testing.assert_close((scen.gen.scaler(g), S), literal.dense_features(scen, raw), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((scen.gen.scaler(g), S), plain.dense_features(scen, raw), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [dict(a1=0.7), dict(a1=0.0), dict(a1=1.0, gammaD=10.0, gammaG=10.0, recons_weight=0.1),
@@ -86,7 +86,7 @@ def test_eggn_iterations_equal_transcription(changes, feedback):
     for _ in range(3):
         x, y = torch.rand(T + 1, B, D), torch.randint(C, (T + 1, B))
         eps, alpha, noise, unseen = torch.randn(T + 1, B, K), torch.rand(T, B, 1), torch.randn(B, K), torch.randint(C, (B,))
-        expected = literal.iteration(theirs, x, y, eps, alpha, unseen, noise, feedback and config.a1 > 0)
+        expected = plain.iteration(theirs, x, y, eps, alpha, unseen, noise, feedback and config.a1 > 0)
         losses = torch.cat([ours.critic_steps(x[:T], y[:T], eps[:T], alpha, feedback and config.a1 > 0),
                             ours.generator_step(x[T], y[T], eps[T], unseen, noise, feedback and config.a1 > 0)])
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
