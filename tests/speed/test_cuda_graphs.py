@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from helpers import ROOT, SMALL_RUN, flags, run_training
 from model import SCEN, global_classifier
 from scegg.config import read_config
-from scegg.features.reader import BalancedSampler
+from scegg.features.sampler import BalancedSampler
 from scegg.method.eggn import EGGN, draw_iteration
 from scegg.method.evaluation import fit_softmax
 from scegg.method.embeddings import Embedding
