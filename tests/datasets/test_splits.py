@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from helpers import feature_arrays, write_features
 
+from helpers import feature_arrays, write_features
 from scegg.datasets.splits import check_split, validation_split
 from scegg.features.reader import open_features
 from util import UserError

@@ -5,8 +5,8 @@ import zlib
 import h5py
 import numpy as np
 import pytest
-from helpers import feature_arrays, write_features
 
+from helpers import feature_arrays, write_features
 from scegg.features.feature_file import gzip_chunks
 from scegg.features.reader import open_features
 from util import UserError

@@ -6,8 +6,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import feature_arrays, write_features
 
+from helpers import feature_arrays, write_features
 from scegg.features.reader import normalize_positions, open_features
 from util import UserError
 
