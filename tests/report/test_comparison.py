@@ -1,0 +1,330 @@
+"""results.py on made-up summaries: groups and rows, marks, duplicates, broken files, mistakes."""
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+from report_helpers import METRICS, accuracies, printed_table, table_rows, write_run
+
+import results
+from helpers import ROOT
+from scegg.report.comparison import published_rows
+from util import UserError
+
+PUBLISHED_SC_EGG = {
+    "CUB": (75.1, 64.1, 73.6, 68.5),
+    "SUN": (69.2, 45.1, 43.6, 44.3),
+    "AWA2": (78.2, 60.9, 89.3, 72.4),
+}
+
+
+# ---- rows
+
+
+def test_published_numbers_are_the_papers():
+    by_family = published_rows(list(PUBLISHED_SC_EGG))
+    counts = {family: len(rows) for family, rows in published_rows(["CUB"]).items()}
+    assert counts == {"embedding": 6, "generative": 11}
+
+    rows = [row for family in by_family.values() for row in family]
+    for row in rows:
+        for dataset in PUBLISHED_SC_EGG:
+            cells = [row.cells.get((dataset, name), (None,)) for name in METRICS[1:]]
+            U, S, H = (cell[0] for cell in cells)
+            if H is not None and (row.method, dataset) != ("GCM-CF", "AWA2"):
+                assert abs(2 * U * S / (U + S) - H) < 0.11, (row.method, dataset)
+
+    for dataset, published in PUBLISHED_SC_EGG.items():
+        assert tuple(rows[-1].cells[dataset, name][0] for name in METRICS) == published
+
+
+def test_mean_and_sample_deviation_over_seeds(tmp_path, capsys):
+    starts = (20.0, 21.3, 24.4)
+    for seed, start in enumerate(starts):
+        write_run(tmp_path, f"CUB-20260101-00000{seed}-a", start, seed=seed)
+    mean, deviation = statistics.mean(starts), statistics.stdev(starts)
+    rows, _ = table_rows(capsys, tmp_path)
+
+    # numbers rise in the order of the prefixes in `accuracies`, of which the third has no row
+    methods = {
+        "SCEN alone: local classifier": 0,
+        "SCEN alone: distilled classifier": 1,
+        "SC-EGG, best on test": 3,
+        "SC-EGG, last epoch": 4,
+    }
+    for method, index in methods.items():
+        row = rows[method, "CUB"]
+        assert row["runs"] == "3"
+        for offset, name in enumerate(METRICS):
+            assert float(row[name]) == pytest.approx(mean + 4 * index + offset, abs=1e-4)
+            assert float(row[name + "_std"]) == pytest.approx(deviation, abs=1e-4)
+
+
+def test_methods_share_a_row_over_datasets(tmp_path, capsys):
+    sun = {"dataset": "SUN", "split_fingerprint": "e90b2456563a"}
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", start=30.0, config={"seed": 1, "syn_num": 400}, **sun)
+
+    out, _ = printed_table(capsys, tmp_path, format="markdown")
+    (line,) = (line for line in out.splitlines() if "SC-EGG, last epoch" in line)
+    name, runs, *numbers = [cell.strip(" *") for cell in line.strip("|").split("|")]
+    assert (name, runs) == ("SC-EGG, last epoch", "1/1/-")
+    on_cub, on_sun, on_awa2 = numbers[:4], numbers[4:8], numbers[8:]
+    assert on_cub == ["36.0", "37.0", "38.0", "39.0"]
+    assert on_sun == ["46.0", "47.0", "48.0", "49.0"]
+    assert on_awa2 == ["-"] * 4
+
+    only_sun, _ = table_rows(capsys, tmp_path, "--dataset", "SUN")
+    assert {dataset for _, dataset in only_sun} == {"SUN"}
+
+
+def test_czsl_alone_and_validated_runs(tmp_path, capsys):
+    czsl = {prefix + name: ... for prefix in ("", "best_", "last_") for name in METRICS[1:]}
+    write_run(tmp_path, "a", method="czsl", **czsl)
+    no_best = dict.fromkeys(accuracies(0, ("best_",)), ...)
+    write_run(tmp_path, "b", protocol="validated", **no_best)
+
+    rows, _ = table_rows(capsys, tmp_path, "--dataset", "CUB")
+    row = rows["czsl, best on test", "CUB"]
+    assert (row["acc_zs"], row["H"]) == ("32.0000", "")
+    # neither best_ nor last_: acc_zs to H themselves
+    assert rows["SC-EGG, validated", "CUB"]["H"] == "31.0000"
+    assert ("SC-EGG, best on test", "CUB") not in rows
+    assert ("SC-EGG, last epoch", "CUB") not in rows
+
+    out, _ = printed_table(capsys, tmp_path, "--dataset", "CUB", format="text")
+    (line,) = (line for line in out.splitlines() if line.startswith("czsl, last"))
+    assert line.split()[-4:] == ["36.0", "-", "-", "-"]
+
+
+def test_only_rows_on_the_published_benchmark_are_ranked(tmp_path, capsys):
+    prefixes = ("local_", "global_", "best_", "last_")
+    best = dict.fromkeys(accuracies(0, prefixes), 99.0)
+    small = {"full_published_split": False, "split_fingerprint": "9a9b50b5b76c"}
+    write_run(tmp_path, "small", method="small", **best | small)
+    write_run(tmp_path, "other", method="other", **best | {"backbone": "vgg16"})
+    write_run(tmp_path, "ours", method="ours", best_acc_zs=77.0, best_H=68.54, last_H=68.4)
+
+    out, _ = printed_table(capsys, tmp_path, "--dataset", "CUB", format="markdown")
+    rows = [line for line in out.splitlines() if line.startswith("|")]
+    lines = {line.split(" |")[0].strip("| "): line for line in rows}
+    for marked in ("small, best on test †2", "other, last epoch †1"):
+        assert "99.0" in lines[marked]
+        assert "**" not in lines[marked] and "<u>" not in lines[marked]
+        assert out.index(marked) > out.index("not comparable") > out.index("ours, best on test")
+    small_data = "CUB, split 9a9b50b5b76c (not the full published one), features of resnet101"
+    assert f"†2 {small_data}" in out
+    assert "†1 CUB, split 62d41356ed4d (the full published one), features of vgg16" in out
+
+    # RGEN's 76.1 is third now
+    assert "**77.5**" in lines["CE-GZSL 2021"]
+    assert "<u>77.0</u>" in lines["ours, best on test"]
+    # equal as printed: both are best
+    assert "**68.5**" in lines["ours, best on test"] and "**68.5**" in lines["SC-EGG 2022"]
+    assert "<u>68.4</u>" in lines["ours, last epoch"]
+
+    rows, _ = table_rows(capsys, tmp_path)
+    assert rows["small, last epoch", "CUB"]["measured_on"].startswith("†2")
+    assert rows["ours, last epoch", "CUB"]["measured_on"] == ""
+
+
+def test_configs_that_differ_are_rows_that_say_how(tmp_path, capsys):
+    for index, (syn_num, lr) in enumerate(((200, 1e-4), (300, 1e-4), (300, 1e-5))):
+        config = {"seed": 1, "syn_num": syn_num, "lr": lr, "nepoch": 5}
+        write_run(tmp_path, str(index), config=config)
+    again = {"seed": 2, "syn_num": 200, "lr": 1e-4, "nepoch": 5}
+    write_run(tmp_path, "again", seed=2, start=22.0, config=again)
+    write_run(tmp_path, "old", config=..., method=..., protocol=...)
+
+    rows, _ = table_rows(capsys, tmp_path, "--dataset", "CUB")
+    ours = {method: row for (method, _), row in rows.items() if row["block"] == "This code"}
+    counts = {
+        "lr=0.0001, syn_num=200": "2",
+        "lr=0.0001, syn_num=300": "1",
+        "lr=1e-05, syn_num=300": "1",
+        "config unknown": "1",
+    }
+    expected = {
+        f"SC-EGG ({differs}), {selection}": count
+        for differs, count in counts.items()
+        for selection in ("best on test", "last epoch")
+    }
+    expected |= {"SCEN alone: local classifier": "2", "SCEN alone: distilled classifier": "2"}
+    assert {method: row["runs"] for method, row in ours.items()} == expected
+
+
+def test_scen_alone_has_a_row_for_each_of_its_own_configs(tmp_path, capsys):
+    settings = (("highest", 200), ("highest", 300), ("medium", 200))
+    for index, (precision, syn_num) in enumerate(settings):
+        config = {"seed": 1, "syn_num": syn_num, "matmul_precision": precision}
+        write_run(tmp_path, str(index), 20.0 + index, config=config)
+    rows, _ = table_rows(capsys, tmp_path, "--dataset", "CUB")
+
+    local = "SCEN alone: local classifier"
+    alone = {method: row["acc_zs"] for (method, _), row in rows.items() if method.startswith(local)}
+    assert alone.keys() == {
+        f"{local} (matmul_precision={precision})" for precision in ("highest", "medium")
+    }
+    assert alone[f"{local} (matmul_precision=medium)"] == "22.0000"
+
+
+def test_two_releases_of_the_published_split_are_two_rows(tmp_path, capsys):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", start=50.0, split_fingerprint="0123456789ab")
+    rows, _ = table_rows(capsys, tmp_path)
+    assert rows["SC-EGG (split=62d41356ed4d), last epoch", "CUB"]["H"] == "39.0000"
+    assert rows["SC-EGG (split=0123456789ab), last epoch", "CUB"]["H"] == "69.0000"
+
+
+# ---- which runs count
+
+
+def test_the_newest_of_two_runs_of_one_config_and_seed_stays(tmp_path, capsys):
+    newer = write_run(tmp_path / "b", "CUB-20260301-000000-abc", start=30.0)
+    older = write_run(tmp_path / "c", "CUB-20260201-000000-abc", start=20.0)
+    rows, err = table_rows(capsys, tmp_path)
+    row = rows["SC-EGG, best on test", "CUB"]
+    assert (row["H"], row["runs"]) == ("45.0000", "1")
+    assert err.count("\n") == 1 and str(older) in err and "newer" in err
+
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "summary.json").write_text(newer.read_text())
+    older.unlink()
+    rows, err = table_rows(capsys, tmp_path)
+    assert rows["SC-EGG, best on test", "CUB"]["runs"] == "1"
+    assert not err  # a copy is no other run
+
+
+BROKEN_FILES = {
+    "half a file": '{"dataset": "CUB", "se',
+    "a list": "[1, 2]",
+    "no JSON": "\x00\x01",
+    "nested deep": "[" * 100_000,
+    "another program's": '{"accuracy": 3}',
+}
+WRONG_VALUES = {
+    "a dataset of its own": {"dataset": "ImageNet"},
+    "no seed": {"seed": ..., "config": None},
+    "not a number": {"best_H": float("nan")},
+    "a fraction of text": {"last_H": "0.5"},
+    "above 100": {"acc_zs": 101},
+    "a method in two lines": {"method": "a\nb"},
+    "a config in words": {"config": "default"},
+    "an unknown protocol": {"protocol": "x"},
+}
+
+
+def check_left_out(tmp_path, capsys, bad):
+    """Beside a good run, a bad one is named in a line of its own and left out."""
+    write_run(tmp_path, "good")
+    rows, err = table_rows(capsys, tmp_path)
+    assert err.startswith(f"warning: {bad} is left out: ") and err.count("\n") == 1
+    assert rows["SC-EGG, best on test", "CUB"]["runs"] == "1"
+
+
+@pytest.mark.parametrize("content", BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_what_is_no_summary_is_named_and_left_out(tmp_path, capsys, content):
+    bad = write_run(tmp_path, "bad", seed=5)
+    bad.write_text(content)
+    check_left_out(tmp_path, capsys, bad)
+
+
+@pytest.mark.parametrize("changes", WRONG_VALUES.values(), ids=WRONG_VALUES)
+def test_a_summary_with_a_wrong_value_is_named_and_left_out(tmp_path, capsys, changes):
+    bad = write_run(tmp_path, "bad", **{"seed": 5} | changes)
+    check_left_out(tmp_path, capsys, bad)
+
+
+def test_old_records_and_unfinished_runs(tmp_path, capsys):
+    """Summaries without method, protocol, config and last_*: a row, and a warning of the other."""
+    lacking = dict.fromkeys(["method", "protocol", "config", *accuracies(0, ("last_",))], ...)
+    old = write_run(tmp_path, "old", **lacking)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "metrics.jsonl").write_text("")
+    (old.parent / "metrics.jsonl").write_text("")
+
+    rows, err = table_rows(capsys, tmp_path)
+    assert rows["SC-EGG (config unknown), best on test", "CUB"]["H"] == "35.0000"
+    assert ("SC-EGG (config unknown), last epoch", "CUB") not in rows
+    assert "unfinished (no summary.json): 1" in err
+    assert "last epoch" in err and err.count("\n") == 2
+
+
+def test_records_give_the_same_table_again(tmp_path, capsys):
+    runs, records = tmp_path / "runs", tmp_path / "records"
+    small = {"full_published_split": False, "split_fingerprint": "9a9b50b5b76c"}
+    write_run(runs, "a", seed=1)
+    write_run(runs, "b", seed=2, start=25.0)
+    write_run(runs, "c", seed=1, start=26.0, config={"seed": 1, "syn_num": 200, "lr": 1e-4})
+    write_run(runs, "d", seed=1, protocol="validated")
+    write_run(runs, "e", seed=1, backbone="efficientnet_lite2", **small)
+    write_run(runs, "f", seed=1, method="TF-VAEGAN (CNN features)")
+
+    first, _ = printed_table(capsys, runs, "--record", str(records), format="text")
+    assert sorted(path.name for path in records.iterdir()) == [
+        "cub_sc-egg-efficientnet-lite2-9a9b50b5b76c_seed1.json",
+        "cub_sc-egg-syn-num-200_seed1.json",
+        "cub_sc-egg-syn-num-300_seed1.json",
+        "cub_sc-egg-syn-num-300_seed2.json",
+        "cub_sc-egg-validated_seed1.json",
+        "cub_tf-vaegan-cnn-features_seed1.json",
+    ]
+    assert printed_table(capsys, records, format="text") == (first, "")
+    assert printed_table(capsys, runs, str(records), format="text") == (first, "")
+
+
+# ---- the command
+
+
+def command(*argv, cwd):
+    """Run the script; returns (exit status, stderr)."""
+    words = [sys.executable, ROOT / "results.py", *argv]
+    done = subprocess.run(words, cwd=cwd, text=True, capture_output=True)
+    return done.returncode, done.stderr
+
+
+def test_exit_statuses(tmp_path):
+    write_run(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert command("--format", "latex", "--dataset", "CUB", cwd=tmp_path) == (0, "")
+
+    for argv in (["nowhere"], ["--colour"], ["--output", "file/table.md"]):
+        status, err = command(*argv, cwd=tmp_path)
+        assert status == 2, (argv, err)
+        assert err.startswith("error: ") and err.count("\n") == 1, (argv, err)
+
+
+def test_nobody_reads_the_table(tmp_path):
+    write_run(tmp_path / "runs")
+    pipe = f"{sys.executable} {ROOT / 'results.py'} | head -0; exit ${{PIPESTATUS[0]}}"
+    bash = {"shell": True, "executable": "/bin/bash"}
+    done = subprocess.run(pipe, **bash, cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr == "error: the table could not be printed (Broken pipe)\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    (
+        ["empty"],
+        ["--dataset", "AWA2"],
+        ["--dataset", "MNIST"],
+        ["--format", "html"],
+        ["--figure", "results.bmp"],
+        ["--figure", "file/results.png"],
+        ["--record", "file"],
+        ["--output", "empty"],
+    ),
+    ids=" ".join,
+)
+def test_mistakes_are_user_errors(tmp_path, monkeypatch, argv):
+    """`exit_on_user_error` makes status 2 and one line of them."""
+    write_run(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        results.main(argv)
+    assert "\n" not in str(error.value)
