@@ -11,7 +11,7 @@ paper picks them. *Last epoch* and *validated* never look at the test set.
 import sys
 from pathlib import Path
 
-from scegg.datasets.xlsa17 import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS
 from scegg.report.comparison import build_table, group_runs, record
 from scegg.report.formats import FORMATS
 from scegg.report.summaries import FinishedRun, gather, newest_of_each_seed, warn

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from scegg.datasets.xlsa17 import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS
 from scegg.report.table import METRICS
 from util import UserError
 

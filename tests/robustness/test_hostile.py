@@ -22,7 +22,8 @@ from scegg.features.images import Images, Unreadable, image_transform
 from scegg.features.reader import open_features
 from scegg.run.checkpoint import read_checkpoint
 from util import UserError
-from visualize import Trained, dataset_images, load_run, read_crop
+from scegg.report.attention import dataset_images, read_crop
+from scegg.run.trained import TrainedRun, load_run
 
 
 class Hostile:
@@ -232,7 +233,7 @@ def test_image_paths_of_a_feature_file(tmp_path, tail, message):
     path = write_features(tmp_path / "f.hdf5", feature_arrays())
     with h5py.File(path, "r+") as file:
         file["image_files"] = [tail] * 108
-    run = lambda: Trained("run", "CUB", read_config(ROOT / "wandb_config/cub_gzsl.yaml", {}), open_features(path), {})
+    run = lambda: TrainedRun("run", "CUB", read_config(ROOT / "wandb_config/cub_gzsl.yaml", {}), open_features(path), {})
     refused(lambda: dataset_images(run(), tmp_path, 2, 0), message)
 
 

@@ -10,8 +10,8 @@ from helpers import ROOT, SMALL_RUN, feature_arrays, flags, run_training, write_
 
 from benchmarks import plain_run as literal_run
 from scegg.run import folder as logs
-import visualize
 from scegg.config import read_config
+from scegg.report import tsne
 from model import SCEN, weighted_l1
 from scegg.run.summary import result_table
 from util import UserError
@@ -178,7 +178,7 @@ def test_the_baselines_run_is_found_for_the_picture(features, tmp_path, monkeypa
     run(features, tmp_path / "runs", nepoch=1, visual_features="cnn", rec_seen_cls_weight=0, gen_unseen_cls_weight=0)
     baseline, = (tmp_path / "runs").iterdir()
     drawn = []
-    monkeypatch.setattr(visualize, "tsne_figure", lambda run, cnn: drawn.append((run.name, cnn.name)))
+    monkeypatch.setattr(tsne, "tsne_figure", lambda run, cnn: drawn.append((run.name, cnn.name)))
     run_training("CUB", "sun_gzsl.yaml", ["--features", str(features), "--runs", str(tmp_path / "runs"), "--device", "cpu",
                                               "--data_root", "none", *flags(**SMALL_RUN | {"nepoch": 1, "log_figures": True})])
     (name, cnn), = drawn
