@@ -1,8 +1,7 @@
-"""Preprocessing that is killed, crowded or short of room: it goes on where it was, to the same bytes."""
-import errno
+"""Preprocessing that is killed, crowded or short of room: it goes on, to the same bytes."""
+
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 import preprocessing
-import util
 from helpers import ROOT, feature_arrays, write_features
 from scegg.datasets import toy
 from scegg.features.extract import Backbone
@@ -26,9 +24,13 @@ from scegg.features.images import PixelNormalization
 from scegg.features.parts import Parts
 from scegg.features.reader import open_features
 from scegg.features.storage import FlatCache
-from util import UserError, atomic_path, locked
+from util import UserError
 
-# imports torch once and forks a process for every line of JSON, its arguments: tells its process id, then its exit status
+OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2"]
+OFFLINE += ["--img_size", "64", "--num_workers", "0"]
+
+# It imports torch once and forks a process for every line of JSON, its arguments. It prints the
+# process id, then the exit status.
 SERVER = """
 import json, os, resource, sys
 import preprocessing, util
@@ -58,10 +60,14 @@ class Preprocessing:
 
     def __init__(self, server, data_root, output: Path, *more, largest_file=0):
         output.parent.mkdir(parents=True, exist_ok=True)
-        self.server, self.log, self.output = server, output.parent.with_suffix(".log"), output
-        argv = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "--num_workers", "0", "--device", "cpu",
-                "--data_root", str(data_root), "--output", str(output), *more]
-        server.stdin.write(json.dumps({"argv": argv, "log": str(self.log), "largest_file": largest_file}) + "\n")
+        self.server = server
+        self.output = output
+        self.log = output.parent.with_suffix(".log")
+
+        argv = [*OFFLINE, "--device", "cpu", "--data_root", str(data_root)]
+        argv += ["--output", str(output), *more]
+        asked = {"argv": argv, "log": str(self.log), "largest_file": largest_file}
+        server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         self.process = int(server.stdout.readline())
 
@@ -69,10 +75,13 @@ class Preprocessing:
         """(exit status, everything it said), once it has ended."""
         return int(self.server.stdout.readline()), self.log.read_text()
 
+    def is_over(self) -> bool:
+        return Path(f"/proc/{self.process}/stat").read_text().split()[2] == "Z"
+
     def kill_when(self, due) -> bool:
         """SIGKILL as soon as `due()` holds; returns whether it still ran."""
         ended = time.time() + 60
-        while not due() and time.time() < ended and Path(f"/proc/{self.process}/stat").read_text().split()[2] != "Z":
+        while not due() and time.time() < ended and not self.is_over():
             pass
         os.kill(self.process, signal.SIGKILL)
         return self.end()[0] == -signal.SIGKILL
@@ -81,7 +90,13 @@ class Preprocessing:
 @pytest.fixture(scope="module")
 def server():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         yield process
         process.stdin.close()
 
@@ -96,23 +111,34 @@ def toy_root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(server, toy_root, tmp_path_factory):
     """An uninterrupted run's file, and the seconds it took."""
-    output, began = tmp_path_factory.mktemp("whole") / "out" / "maps.hdf5", time.time()
+    output = tmp_path_factory.mktemp("whole") / "out" / "maps.hdf5"
+    began = time.time()
     status, said = Preprocessing(server, toy_root, output, "-c").end()
     assert status == 0, said
     return output.read_bytes(), time.time() - began
 
 
+# ---------------------------------------------------------------- killed, or stopped
+
+
 def survive(kills, server, toy_root, folder, whole, seed):
-    """Kill runs at random moments, some of them while they join, and let the last one end. Returns the kills that hit."""
+    """Kill runs at random moments, some of them while they join, and let the last one end."""
     expected, seconds = whole
-    rng, output, hits = np.random.default_rng(seed), folder / "maps.hdf5", 0
+    rng = np.random.default_rng(seed)
+    output = folder / "maps.hdf5"
+
+    hits = 0  # kills that hit
     while hits < kills:
-        run, at = Preprocessing(server, toy_root, output, "-c"), time.time() + rng.uniform(0, seconds)
-        joining = rng.random() < 0.3
-        hits += run.kill_when(lambda: any(folder.glob(".maps.hdf5.partial-*")) if joining else time.time() > at)
+        run = Preprocessing(server, toy_root, output, "-c")
+        at = time.time() + rng.uniform(0, seconds)
+        if rng.random() < 0.3:
+            hits += run.kill_when(lambda: any(folder.glob(".maps.hdf5.partial-*")))
+        else:
+            hits += run.kill_when(lambda: time.time() > at)
         if output.exists():  # whole or not there
             assert output.read_bytes() == expected
             output.unlink()
+
     status, said = Preprocessing(server, toy_root, output, "-c").end()
     assert status == 0 and output.read_bytes() == expected, said
     assert [path.name for path in folder.iterdir()] == ["maps.hdf5"]
@@ -127,17 +153,25 @@ def test_twenty_random_kills_change_no_byte(server, toy_root, tmp_path, whole):
     survive(20, server, toy_root, tmp_path / "out", whole, seed=int(time.time()))
 
 
+def is_stopped(process) -> bool:
+    """Whether every thread of a process is; they do not stop at once."""
+    stats = [stat.read_text() for stat in Path(f"/proc/{process}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def test_a_second_process_is_refused_while_the_first_works(server, toy_root, tmp_path, whole):
     output = tmp_path / "out" / "maps.hdf5"
     first = Preprocessing(server, toy_root, output, "-c")
     while not list(output.parent.glob("*.parts-*/*.hdf5")):
         time.sleep(0.001)
+
     os.kill(first.process, signal.SIGSTOP)
     try:
-        while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in Path(f"/proc/{first.process}/task").glob("*/stat")):
-            time.sleep(0.001)  # its threads do not stop at once
+        while not is_stopped(first.process):
+            time.sleep(0.001)
         before = sorted(output.parent.rglob("*"))
-        with pytest.raises(UserError, match="another process is making .*maps.hdf5 .*: wait for it, or stop it"):
+        message = "another process is making .*maps.hdf5 .*: wait for it, or stop it"
+        with pytest.raises(UserError, match=message):
             preprocess(toy_root, output)
         assert sorted(output.parent.rglob("*")) == before
     finally:
@@ -145,30 +179,10 @@ def test_a_second_process_is_refused_while_the_first_works(server, toy_root, tmp
     assert first.end()[0] == 0 and output.read_bytes() == whole[0]
 
 
-@pytest.mark.parametrize("largest_file, fails", [(20_000, "parts-"), (150_000, "maps.hdf5 could not be written")])
-def test_a_disk_that_takes_no_more(server, toy_root, tmp_path, whole, largest_file, fails):
-    """A limit on a file's size stands for a full disk: the error comes from the same calls. One line, status 2, parts stay."""
-    output = tmp_path / "out" / "maps.hdf5"
-    status, said = Preprocessing(server, toy_root, output, "-c", largest_file=largest_file).end()
-    assert status == 2 and not output.exists(), said
-    error, = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert fails in error and "free some disk space and run again; the finished parts stay" in error and said.endswith(error + "\n")
-    assert not list(output.parent.rglob(".*")) and (largest_file < 100_000 or len(list(output.parent.glob("*.parts-*/*.hdf5"))) == 9)
-    assert Preprocessing(server, toy_root, output, "-c").end()[0] == 0 and output.read_bytes() == whole[0]
-
-
 def preprocess(toy_root, output, *more):
-    preprocessing.main(["-d", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "-n", "0", "--data_root", str(toy_root),
-                        "--output", str(output), *more])
-
-
-@pytest.mark.parametrize("flags, message", [([], "and the parts it is joined from will take 0.00 GB"), (["-c"], "by an estimate of what compression")])
-def test_room_is_checked_before_the_first_image(toy_root, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    monkeypatch.setattr(Backbone, "maps", None)
-    with pytest.raises(UserError, match=message):
-        preprocess(toy_root, tmp_path / "out" / "maps.hdf5", *flags)
-    assert not list((tmp_path / "out").iterdir())
+    """In this process."""
+    argv = [*OFFLINE, "--data_root", str(toy_root), "--output", str(output), *more]
+    preprocessing.main(argv)
 
 
 def test_what_killed_runs_left_is_removed_or_named(toy_root, tmp_path, capsys):
@@ -177,28 +191,60 @@ def test_what_killed_runs_left_is_removed_or_named(toy_root, tmp_path, capsys):
     (others / "00000000-a.hdf5").write_bytes(bytes(20_000_000))
     for name in (".maps.hdf5.partial-7", ".other.hdf5.partial-7"):
         (tmp_path / name).touch()
+
     preprocess(toy_root, tmp_path / "maps.hdf5")
-    assert f"{others} (0.02 GB) was left by a run with other settings" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.hdf5.partial-7", "maps.hdf5", others.name]
+    said = capsys.readouterr().out
+    assert f"{others} (0.02 GB) was left by a run with other settings" in said
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".other.hdf5.partial-7", "maps.hdf5", others.name]
 
 
-def test_a_joined_file_is_read_again_before_it_is_named(tmp_path):
-    parts = Parts(tmp_path / "maps.hdf5", [Path(__file__)] * 6, None, {})
-    maps = np.random.default_rng(0).random((6, 3, 2, 2), dtype=np.float32)
-    parts.make(0, [maps[:4], maps[4:]])
-    wrong, holed = maps.copy(), maps.copy()
-    wrong[3, 1], holed[5, 0] = 0, np.nan
-    for content, message in ((wrong, "image 3 was not joined as it was made"), (holed, "image 5"), (maps[:5], "5 of 6 maps"), (None, "read again")):
-        with h5py.File(tmp_path / "joined", "w") as file:
-            if content is not None:
-                create_maps(file, (6, 3, 2, 2), None)[:len(content)] = content
-        with pytest.raises(UserError, match=message):
-            parts.verify(tmp_path / "joined")
-    part, = parts.folder.iterdir()
-    part.write_bytes(part.read_bytes()[:900])
-    with pytest.raises(UserError, match="is damaged .*: delete it and run again"):
-        parts.join(lambda file: None)
-    assert not (tmp_path / "maps.hdf5").exists()
+# ---------------------------------------------------------------- short of room
+
+
+@pytest.mark.parametrize(
+    "largest_file, fails", [(20_000, "parts-"), (150_000, "maps.hdf5 could not be written")]
+)
+def test_a_disk_that_takes_no_more(server, toy_root, tmp_path, whole, largest_file, fails):
+    """One line, status 2, and the parts stay.
+
+    A limit on a file's size stands for a full disk: the error comes from the same calls.
+    """
+    output = tmp_path / "out" / "maps.hdf5"
+    limited = Preprocessing(server, toy_root, output, "-c", largest_file=largest_file)
+    status, said = limited.end()
+    assert status == 2 and not output.exists(), said
+
+    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert fails in error and said.endswith(error + "\n")
+    assert "free some disk space and run again; the finished parts stay" in error
+    assert not list(output.parent.rglob(".*"))
+    if largest_file >= 100_000:
+        assert len(list(output.parent.glob("*.parts-*/*.hdf5"))) == 9
+
+    assert Preprocessing(server, toy_root, output, "-c").end()[0] == 0
+    assert output.read_bytes() == whole[0]
+
+
+def leave_1000_bytes(monkeypatch):
+    """Let every disk say that 1000 bytes of it are free."""
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "and the parts it is joined from will take 0.00 GB"),
+        (["-c"], "by an estimate of what compression"),
+    ],
+)
+def test_room_is_checked_before_the_first_image(toy_root, tmp_path, monkeypatch, flags, message):
+    leave_1000_bytes(monkeypatch)
+    monkeypatch.setattr(Backbone, "maps", None)
+    with pytest.raises(UserError, match=message):
+        preprocess(toy_root, tmp_path / "out" / "maps.hdf5", *flags)
+    assert not list((tmp_path / "out").iterdir())
 
 
 class Crowded(torch.nn.Module):
@@ -214,15 +260,52 @@ class Crowded(torch.nn.Module):
         return images.mean(dim=1, keepdim=True)
 
 
+def crowded_backbone(most):
+    pixels = PixelNormalization("resnet101")
+    return Backbone(pixels, Crowded(most), torch.device("cpu"), torch.float32, 9)
+
+
 def test_a_full_gpu_gets_fewer_images_at_once(capsys):
     images = torch.randint(256, (9, 3, 4, 4), dtype=torch.uint8)
-    make = lambda most: Backbone(PixelNormalization("resnet101"), Crowded(most), torch.device("cpu"), torch.float32, 9)
-    crowded = make(2)
-    assert torch.equal(crowded(images), make(9)(images)) and crowded.at_once == 2
-    assert torch.equal(crowded(images[:1]), make(9)(images[:1]))
-    assert capsys.readouterr().out.splitlines() == [f"the GPU's memory is full: going on with {n} images at once" for n in (5, 3, 2)]
+    crowded, roomy = crowded_backbone(2), crowded_backbone(9)
+    assert torch.equal(crowded(images), roomy(images)) and crowded.at_once == 2
+    assert torch.equal(crowded(images[:1]), roomy(images[:1]))
+    expected = [
+        f"the GPU's memory is full: going on with {count} images at once" for count in (5, 3, 2)
+    ]
+    assert capsys.readouterr().out.splitlines() == expected
+
     with pytest.raises(UserError, match="too small for one image: use a smaller --img_size"):
-        make(0)(images)
+        crowded_backbone(0)(images)
+
+
+# ---------------------------------------------------------------- joined, and cached
+
+
+def test_a_joined_file_is_read_again_before_it_is_named(tmp_path):
+    parts = Parts(tmp_path / "maps.hdf5", [Path(__file__)] * 6, None, {})
+    maps = np.random.default_rng(0).random((6, 3, 2, 2), dtype=np.float32)
+    parts.make(0, [maps[:4], maps[4:]])
+    wrong, holed = maps.copy(), maps.copy()
+    wrong[3, 1], holed[5, 0] = 0, np.nan
+
+    for content, message in (
+        (wrong, "image 3 was not joined as it was made"),
+        (holed, "image 5"),
+        (maps[:5], "5 of 6 maps"),
+        (None, "read again"),
+    ):
+        with h5py.File(tmp_path / "joined", "w") as file:
+            if content is not None:
+                create_maps(file, (6, 3, 2, 2), None)[: len(content)] = content
+        with pytest.raises(UserError, match=message):
+            parts.verify(tmp_path / "joined")
+
+    (part,) = parts.folder.iterdir()
+    part.write_bytes(part.read_bytes()[:900])
+    with pytest.raises(UserError, match="is damaged .*: delete it and run again"):
+        parts.join(lambda file: None)
+    assert not (tmp_path / "maps.hdf5").exists()
 
 
 def test_processes_that_want_the_same_cache_make_it_once(tmp_path, monkeypatch):
@@ -235,61 +318,11 @@ def test_processes_that_want_the_same_cache_make_it_once(tmp_path, monkeypatch):
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(build, range(4)))
-    assert sum(made) == len(trainval) and all(torch.equal(maps, features.read(trainval)) for maps in results)
+    assert sum(made) == len(trainval)
+    assert all(torch.equal(maps, features.read(trainval)) for maps in results)
     assert len(list(tmp_path.iterdir())) == 3  # the file, the cache, x: no lock and no part of one
+
     next(tmp_path.glob("*.cache")).unlink()
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    leave_1000_bytes(monkeypatch)
     with pytest.raises(UserError, match="the cache f.hdf5..*cache will take 0.00 GB"):
         build(0)
-
-
-# ---------------------------------------------------------------- the lock and the atomic file
-
-def test_a_lock_is_free_again_once_its_holder_is_killed(tmp_path):
-    path = tmp_path / ".lock"
-    holder = os.fork()
-    if holder == 0:
-        with locked(path, "testing"):
-            if os.fork() == 0:  # a helper that survives it holds nothing
-                time.sleep(3)
-                os._exit(0)
-            (tmp_path / "held").touch()
-            time.sleep(60)
-    while not (tmp_path / "held").exists():
-        time.sleep(0.01)
-    with pytest.raises(UserError, match="another process is testing"), locked(path, "testing"):
-        pass
-    os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    with locked(path, "testing"):
-        assert path.exists()
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT])
-def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch, code):
-    (tmp_path / "f").write_text("old")
-
-    def fail(descriptor):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(util.os, "fsync", fail)
-    with pytest.raises(UserError, match=f"f could not be written \\({os.strerror(code)}\\): free some disk space"):
-        with atomic_path(tmp_path / "f") as temporary:
-            temporary.write_text("new")
-    assert (tmp_path / "f").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
-
-
-def test_errors_are_one_printable_line(capsys):
-    def fail():
-        raise UserError("a\n  b\x1b[31m\udcff")
-    for main, said in ((fail, "error: a b?[31m?\n"), (lambda: open("/nowhere/x"), "error: [Errno 2] No such file or directory: '/nowhere/x'\n")):
-        with pytest.raises(SystemExit) as stop:
-            util.exit_on_user_error(main)
-        assert stop.value.code == 2 and capsys.readouterr().err == said
-
-
-def test_a_child_that_crashes_or_hangs_is_told():
-    limit = resource.getrlimit(resource.RLIMIT_CORE)
-    assert util.survives(lambda: None, 5) and util.survives(lambda: 1 / 0, 5)
-    assert not util.survives(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5) and not util.survives(lambda: time.sleep(9), 1)
-    assert resource.getrlimit(resource.RLIMIT_CORE) == limit
