@@ -2,8 +2,10 @@
 
     python -m scegg.doctor --data_root data
 
-Exit status 0 when the installation is sound, 1 when something in it is broken. Nothing is changed, and the net is not asked.
+The exit status is 0 when the installation is sound, and 1 when something in it is broken. Nothing
+is changed, and no question goes over the network.
 """
+
 import datetime
 import importlib
 import importlib.metadata
@@ -14,6 +16,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     from util import FlagParser, UserError, exit_on_user_error
@@ -22,30 +25,50 @@ except ModuleNotFoundError as error:
 
 HERE = Path(__file__).resolve().parents[1]
 BROKEN = "BROKEN"
+OLDEST, NEWEST = (3, 11), (3, 14)  # versions of Python
+IMPORTED = ("torch", "torchvision", "scipy.io", "h5py", "PIL.Image", "yaml", "wandb")
+
+
+# --- The machine -----------------------------------------------------------------------------
+#
+# What a broken installation may lack is imported inside the functions that need it.
 
 
 def installation() -> list[str]:
     """Lines on Python and on every package of requirements.txt; a broken one begins with BROKEN."""
-    version = sys.version_info[:2]
-    lines = [("" if (3, 10) <= version <= (3, 12) else f"{BROKEN}: Python 3.10 to 3.12 is needed; this is ") + f"Python {sys.version.split()[0]}"]
-    same = []
-    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)", (HERE / "requirements.txt").read_text(), re.MULTILINE):
+    lines, as_pinned = [python_line()], []
+    requirements = (HERE / "requirements.txt").read_text()
+
+    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)", requirements, re.MULTILINE):
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{BROKEN}: {name} is not installed: pip install -r requirements.txt")
             continue
         if found.split("+")[0] == pinned:
-            same.append(f"{name} {found}")
+            as_pinned.append(f"{name} {found}")
         else:
             lines.append(f"{name} {found}; requirements.txt pins {pinned}")
-    return lines + [f"as pinned: {', '.join(same)}"] + importable()
+
+    return [*lines, f"as pinned: {', '.join(as_pinned)}", *failed_imports()]
 
 
-def importable() -> list[str]:
-    """Lines on what does not import although it is installed (a build for another system, a library that is missing)."""
+def python_line() -> str:
+    """One line on Python's version."""
+    found = f"Python {sys.version.split()[0]}"
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return found
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST, NEWEST))
+    return f"{BROKEN}: Python {oldest} to {newest} is needed; this is {found}"
+
+
+def failed_imports() -> list[str]:
+    """Lines on packages that are installed but cannot be imported.
+
+    Such a package was built for another system, or a library that it needs is missing.
+    """
     lines = []
-    for name in ("torch", "torchvision", "scipy.io", "h5py", "PIL.Image", "yaml", "wandb"):
+    for name in IMPORTED:
         try:
             importlib.import_module(name)
         except Exception as error:
@@ -56,112 +79,226 @@ def importable() -> list[str]:
 def devices() -> list[str]:
     """Lines on the CUDA devices and their memory."""
     import torch
+
     if not torch.cuda.is_available():
-        return [f"no CUDA device that torch {torch.__version__} can use: everything runs on the CPU ({os.cpu_count()} cores)"]
+        return [
+            f"no CUDA device that torch {torch.__version__} can use: "
+            f"everything runs on the CPU ({os.cpu_count()} cores)"
+        ]
+
     lines = []
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        lines.append(f"cuda:{index} {torch.cuda.get_device_name(index)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free")
+        free, total = (size / 1e9 for size in torch.cuda.mem_get_info(index))
+        name = torch.cuda.get_device_name(index)
+        lines.append(f"cuda:{index} {name}, {free:.1f} of {total:.1f} GB free")
     return lines
 
 
 def wandb_state() -> str:
-    """Whether runs would be logged online: from the environment and ~/.netrc alone, nobody is asked."""
-    mode = os.environ.get("WANDB_MODE")
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    """One line on whether W&B would log online, from the environment and ~/.netrc alone."""
+    from scegg.run.folder import MODES
+
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    host = server.split("//")[-1].split("/")[0]
     try:
         key = os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host)
     except (OSError, netrc.NetrcParseError):
         key = None
-    state = f"has a key for {host}" if key else f"has no key for {host}: runs are logged offline (`wandb login` changes that)"
-    from scegg.run.folder import MODES
-    return f"W&B {state}" + (f"; WANDB_MODE={mode}" + ("" if mode in MODES else f", which is none of {', '.join(MODES)}") if mode else "")
+
+    if key:
+        line = f"W&B has a key for {host}"
+    else:
+        line = f"W&B has no key for {host}: runs are logged offline (`wandb login` changes that)"
+
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        line += f"; WANDB_MODE={mode}"
+        if mode not in MODES:
+            line += f", which is none of {', '.join(MODES)}"
+    return line
 
 
-def dataset_lines(data_root: Path, dataset: str) -> tuple[list[str], str | None, bool]:
-    """Lines on the data of a dataset, its split's fingerprint if it can be read, and whether preprocessing can start."""
-    from scegg.datasets.layouts import LAYOUTS
-    from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
+# --- The datasets --------------------------------------------------------------------------------
+
+
+class DatasetState(NamedTuple):
+    """What is known of a dataset's images, attributes and word vectors."""
+
+    lines: list[str]
+    fingerprint: str | None  # of its split, if that can be read
+    is_ready: bool  # preprocessing can start
+
+
+def dataset_state(data_root: Path, dataset: str) -> DatasetState:
+    """Look at the data of a dataset."""
+    from scegg.datasets.xlsa17 import LAYOUTS, read_attribute_names, read_dataset
+
+    folder = data_root / dataset
     try:
         split, _, tails = read_dataset(data_root, dataset)
-        missing = [tail for tail in tails if not (data_root / dataset / tail).is_file()]
-        lines = [split.describe(dataset), f"{len(tails) - len(missing)} of {len(tails)} images are there"
-                 + (f", the first one missing is {missing[0]}: unpack the dataset again" if missing else "")]
+        missing = [tail for tail in tails if not (folder / tail).is_file()]
         names = read_attribute_names(data_root, dataset, split.att.shape[1])
     except UserError as error:
-        return [str(error)], None, False
+        return DatasetState([str(error)], None, False)
+
+    images = f"{len(tails) - len(missing)} of {len(tails)} images are there"
+    if missing:
+        images += f", the first one missing is {missing[0]}: unpack the dataset again"
+    lines = [split.describe(dataset), images]
     if names is None:
-        lines.append(f"no attribute names: expected {' or '.join(LAYOUTS[dataset].attribute_files)} in {data_root / dataset}")
-    vectors = [path.name for suffix in (".pkl", ".npy") if (path := data_root / "w2v" / f"{dataset}_attribute{suffix}").is_file()]
-    lines.append(f"word vectors: {', '.join(vectors) or 'none of its own, so a model in w2v/, or Gaussian ones (a trial only)'}")
-    return lines, split.fingerprint, not missing
+        expected = " or ".join(LAYOUTS[dataset].attribute_files)
+        lines.append(f"no attribute names: expected {expected} in {folder}")
+    lines.append(word_vectors_line(data_root, dataset))
+    return DatasetState(lines, split.fingerprint, not missing)
+
+
+def word_vectors_line(data_root: Path, dataset: str) -> str:
+    """One line on the word vectors that were made for a dataset."""
+    names = [f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
+    found = [name for name in names if (data_root / "w2v" / name).is_file()]
+    if found:
+        return f"word vectors: {', '.join(found)}"
+    return "word vectors: none of its own, so a model in w2v/, or Gaussian ones (a trial only)"
 
 
 def feature_line(path: Path):
-    """One line on a feature file, and its Features if it can be trained on."""
+    """One line on a feature file, and its Features if they can be trained on, else None."""
     from scegg.features.reader import open_features
-    made = datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+
+    status = path.stat()
+    made = datetime.datetime.fromtimestamp(status.st_mtime).strftime("%Y-%m-%d %H:%M")
     try:
         features = open_features(path)
     except UserError as error:
         return str(error), None
-    of = features.provenance
-    return (f"{path}: {of.get('backbone', 'an unnamed backbone')} at {of.get('img_size', 'an unknown size of')} px, {len(features.split.labels)} maps "
-            f"{'x'.join(map(str, features.shape))}, {'compressed' if features.compressed else 'not compressed'}, "
-            f"{path.stat().st_size / 1e9:.2f} GB, split {features.split.fingerprint}, of {made}"), features
+
+    provenance, split = features.provenance, features.split
+    backbone = provenance.get("backbone", "an unnamed backbone")
+    img_size = provenance.get("img_size", "an unknown size of")
+    shape = "x".join(map(str, features.shape))
+    compression = "compressed" if features.compressed else "not compressed"
+    line = (
+        f"{path}: {backbone} at {img_size} px, {len(split.labels)} maps {shape}, {compression}, "
+        f"{status.st_size / 1e9:.2f} GB, split {split.fingerprint}, of {made}"
+    )
+    return line, features
 
 
-def next_command(data_root: Path, dataset: str, ready: bool, usable: list) -> str:
-    """What to run for a dataset; usable: the Features that can be trained on."""
-    from scegg.features.feature_file import feature_file
-    root = "" if data_root == Path("data") else f" --data_root {shlex.quote(str(data_root))}"
-    backbone, rest = ("efficientnet_lite2", " --img_size 224 --normalization backbone") if dataset == "TOY" else ("resnet101", "")
-    train = "python train_joint.py" if dataset == "TOY" else f"python train_joint_{dataset}.py"
-    if feature_file(dataset, backbone) in [features.path for features in usable]:
-        return train + root
+def next_command(data_root: Path, dataset: str, is_ready: bool, usable: list) -> str:
+    """What to run next for a dataset. usable: the Features that can be trained on."""
+    from scegg.datasets.xlsa17 import feature_file
+
+    is_toy = dataset == "TOY"
+    root = ""
+    if data_root != Path("data"):
+        root = f" --data_root {shlex.quote(str(data_root))}"
+
     if usable:
-        of = usable[0].provenance
-        return (f"{train}{root} --features {shlex.quote(str(usable[0].path))}"
-                + "".join(f" --{key} {of[key]}" for key in ("backbone", "img_size") if key in of))
-    if ready:
-        return f"python preprocessing.py --dataset {dataset}{root}" + (f" --backbone {backbone}{rest}" if rest else " --compression")
-    return f"python -m scegg.datasets.toy{root}" if dataset == "TOY" else f"put {dataset} below {data_root} (README, Data layout), then python -m scegg.doctor{root}"
+        train = f"python {training_script(dataset)}{root}"
+        own = feature_file(dataset, "efficientnet_lite2" if is_toy else "resnet101")
+        if own in [features.path for features in usable]:
+            return train
+        return train + flags_of(usable[0])
+
+    if is_ready:
+        flags = " --compression"
+        if is_toy:
+            flags = " --backbone efficientnet_lite2 --img_size 224 --normalization backbone"
+        return f"python preprocessing.py --dataset {dataset}{root}{flags}"
+
+    if is_toy:
+        return f"python -m scegg.datasets.toy{root}"
+    again = f"python -m scegg.doctor{root}"
+    return f"put {dataset} below {data_root} (docs/data.md says how), then {again}"
+
+
+def training_script(dataset: str) -> str:
+    """The script that trains on a dataset."""
+    return "train_joint.py" if dataset == "TOY" else f"train_joint_{dataset}.py"
+
+
+def flags_of(features) -> str:
+    """The flags that name a feature file and what it was made with."""
+    flags = f" --features {shlex.quote(str(features.path))}"
+    for key in ("backbone", "img_size"):
+        if key in features.provenance:
+            flags += f" --{key} {features.provenance[key]}"
+    return flags
+
+
+def dataset_report(data_root: Path, dataset: str) -> list[str]:
+    """All lines on a dataset, the last one says what to run next."""
+    from scegg.datasets.xlsa17 import feature_file
+
+    state = dataset_state(data_root, dataset)
+    lines, usable = list(state.lines), []
+    for path in sorted(feature_file(dataset, "resnet101").parent.glob("*.hdf5")):
+        line, features = feature_line(path)
+        lines.append(line)
+        if features and state.fingerprint in (None, features.split.fingerprint):
+            usable.append(features)
+
+    return [*lines, f"next: {next_command(data_root, dataset, state.is_ready, usable)}"]
+
+
+# --- What was not finished -----------------------------------------------------------------------
 
 
 def unfinished(runs: Path) -> list[str]:
     """Lines on parts of preprocessing and on runs that wait to go on."""
-    lines = []
-    for folder in sorted(path for path in Path("data").glob("*/*.parts-*") if path.is_dir()):
-        files = [file for file in folder.iterdir() if file.suffix == ".hdf5" and not file.name.startswith(".")]
-        lines.append(f"{folder}: {len(files)} parts of preprocessing, {sum(file.stat().st_size for file in files) / 1e9:.2f} GB; "
-                     "the command that made them goes on with them")
+    parts = sorted(path for path in Path("data").glob("*/*.parts-*") if path.is_dir())
+    lines = [parts_line(folder) for folder in parts]
+
     for checkpoint in sorted(runs.glob("*/checkpoint.pt")):
-        if not (checkpoint.parent / "summary.json").exists():
-            script = {"TOY": "train_joint.py"}.get(name := checkpoint.parent.name.split("-")[0], f"train_joint_{name}.py")
-            lines.append(f"{checkpoint.parent}: a run that was not finished; python {script} --resume {checkpoint.parent} goes on with it")
+        run = checkpoint.parent
+        if not (run / "summary.json").exists():
+            script = training_script(run.name.split("-")[0])
+            lines.append(
+                f"{run}: a run that was not finished; "
+                f"python {script} --resume {run} goes on with it"
+            )
     return lines
+
+
+def parts_line(folder: Path) -> str:
+    """One line on a folder of preprocessing's parts."""
+    files = [path for path in folder.glob("*.hdf5") if not path.name.startswith(".")]
+    size = sum(path.stat().st_size for path in files) / 1e9
+    return (
+        f"{folder}: {len(files)} parts of preprocessing, {size:.2f} GB; "
+        "the command that made them goes on with them"
+    )
+
+
+def print_section(title: str, lines: list[str]):
+    """Print indented lines below a title."""
+    print(title, *lines, sep="\n  ")
 
 
 def main(argv=None):
     parser = FlagParser("Check the installation, the data and what is unfinished.")
-    parser.add_argument("--data_root", type=Path, default=Path("data"), help="folder of CUB/, SUN/, AWA2/, TOY/, xlsa17/, w2v/")
+    parser.add_argument(
+        "--data_root",
+        type=Path,
+        default=Path("data"),
+        help="folder of CUB/, SUN/, AWA2/, TOY/, xlsa17/, w2v/",
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     options = parser.parse_args(argv)
+
     lines = installation()
-    print("installation", *lines, sep="\n  ")
+    print_section("installation", lines)
     if any(line.startswith(BROKEN) for line in lines):
         sys.exit(1)
-    print("", *devices(), wandb_state(), f"{shutil.disk_usage('.').free / 1e9:.1f} GB of disk are free here", sep="\n  ")
-    from scegg.datasets.layouts import LAYOUTS
-    from scegg.features.feature_file import feature_file
+
+    free = shutil.disk_usage(".").free / 1e9
+    print_section("", [*devices(), wandb_state(), f"{free:.1f} GB of disk are free here"])
+
+    from scegg.datasets.xlsa17 import LAYOUTS
+
     for dataset in LAYOUTS:
-        lines, fingerprint, ready = dataset_lines(options.data_root, dataset)
-        found = [feature_line(path) for path in sorted(feature_file(dataset, "resnet101").parent.glob("*.hdf5"))]
-        usable = [features for _, features in found if features and fingerprint in (None, features.split.fingerprint)]
-        print("", dataset, *(f"  {line}" for line in [*lines, *(line for line, _ in found)]),
-              f"  next: {next_command(options.data_root, dataset, ready, usable)}", sep="\n")
-    waiting = unfinished(options.runs)
-    print("", "unfinished", *(f"  {line}" for line in waiting or ["nothing"]), sep="\n")
+        print_section(f"\n{dataset}", dataset_report(options.data_root, dataset))
+    print_section("\nunfinished", unfinished(options.runs) or ["nothing"])
 
 
 if __name__ == "__main__":
