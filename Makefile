@@ -1,22 +1,38 @@
-# make demo        set up, then run the whole method on the embedded TOY dataset (no account, no data, no GPU needed)
-# make test        set up, then run every test; make test-long adds the long kill tests
-# make doctor      check the installation and the data, and say what to run next
-# make seeds DATASET=CUB N=5 [FLAGS=...]    N runs in sequence, then the table
-# make ablations [DATASET=TOY N=3 FLAGS=...] every file of wandb_config/ablations, N seeds each, then the table
+# make demo         set up, then run the whole method on built-in TOY: no account, no data, no GPU
+# make test         set up, then run every test
+# make test-long    the same with the long kill tests
+# make lint         check the code with ruff
+# make format       format the code with ruff
+# make toy          render TOY below data/
+# make doctor       check the installation and the data, and say what to run next
+# make benchmark    time every stage [FLAGS="--size SUN --against plain"]
+# make seeds        train with N seeds, then print the table [DATASET=CUB N=5 FLAGS=...]
+# make ablations    train every file of wandb_config/ablations with N seeds, then print the table
+# make clean        remove the virtual environment and the tools' caches
+#
+# Python 3.11 to 3.14 is needed; choose one with: make PYTHON=python3.12 demo
+
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
 DATASET ?= TOY
 N ?= 3
-SCRIPT = train_joint.py --dataset $(DATASET)
-CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(shell echo $(DATASET) | tr A-Z a-z)_gzsl).yaml
+FLAGS ?=
 
-.PHONY: demo test test-long doctor seeds ablations clean
+BIN := $(VENV)/bin
+TRAIN = $(BIN)/python train_joint.py --dataset $(DATASET)
+
+CONFIG_TOY = toy
+CONFIG_CUB = cub_gzsl
+CONFIG_SUN = sun_gzsl
+CONFIG_AWA2 = awa2_gzsl
+CONFIG = wandb_config/$(CONFIG_$(DATASET)).yaml
+
+.PHONY: demo test test-long lint format toy doctor benchmark seeds ablations clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/installed
-	$(BIN)/python -m scegg.datasets.toy
-	$(BIN)/python preprocessing.py --dataset TOY --backbone efficientnet_lite2 --img_size 224 --normalization backbone
+demo: toy
+	$(BIN)/python preprocessing.py --dataset TOY \
+	    --backbone efficientnet_lite2 --img_size 224 --normalization backbone
 	$(BIN)/python train_joint.py --wandb offline
 
 test: $(VENV)/installed-test
@@ -25,20 +41,42 @@ test: $(VENV)/installed-test
 test-long: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests -m "long or not long"
 
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format
+
+toy: $(VENV)/installed
+	$(BIN)/python -m scegg.datasets.toy
+
 doctor: $(VENV)/installed
 	$(BIN)/python -m scegg.doctor
 
+benchmark: $(VENV)/installed
+	$(BIN)/python -m benchmarks $(FLAGS)
+
 seeds: $(VENV)/installed
-	for seed in $$(seq 1 $(N)); do $(BIN)/python $(SCRIPT) --seed $$seed $(FLAGS) || exit; done
+	for seed in $$(seq 1 $(N)); do \
+	    $(TRAIN) --seed $$seed $(FLAGS) || exit; \
+	done
 	$(BIN)/python results.py --dataset $(DATASET)
 
+# "" is SC-EGG itself, without changes.
 ablations: $(VENV)/installed
-	for seed in $$(seq 1 $(N)); do for changes in "" wandb_config/ablations/*.yaml; do \
-	    $(BIN)/python $(SCRIPT) --config $(CONFIG) $$changes --seed $$seed --reuse_scen --runs runs/ablations $(FLAGS) || exit; done; done
+	for seed in $$(seq 1 $(N)); do \
+	    for changes in "" wandb_config/ablations/*.yaml; do \
+	        $(TRAIN) --config $(CONFIG) $$changes --seed $$seed \
+	            --reuse_scen --runs runs/ablations $(FLAGS) || exit; \
+	    done; \
+	done
 	$(BIN)/python results.py runs/ablations --dataset $(DATASET)
 
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "Python 3.10 to 3.12 is needed, this is " + sys.version.split()[0] + "; name one with: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || \
+	    { echo "Python 3.11 to 3.14 is needed, and $(PYTHON) is not one:" \
+	           "choose another with make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
@@ -48,4 +86,4 @@ $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache
