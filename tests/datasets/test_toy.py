@@ -72,11 +72,13 @@ def test_files_lie_as_in_cub(root):
     assert [name[:4] for name in sorted(names)] == [f"{i:03d}." for i in range(1, 9)]
     assert arrays["image_files"].shape == arrays["labels"].shape == (48, 1)
     assert arrays["labels"].dtype == np.uint8
+
     for cell, label in zip(arrays["image_files"][:, 0], arrays["labels"][:, 0], strict=True):
         path = str(cell[0])
         assert path.startswith(f"/toy/TOY/images/{names[label - 1]}/")
         with Image.open(root / path.removeprefix("/toy/")) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (224, 224))
+
     lines = (root / "TOY/attributes.txt").read_text().splitlines()
     assert lines == [f"{i + 1} {name}" for i, name in enumerate(toy_birds.ATTRIBUTES)]
     assert len(set(toy_birds.ATTRIBUTES)) == len(lines) == len(arrays["att"])
