@@ -7,8 +7,8 @@ import torch
 from benchmarks.flop import evaluation_flop
 from benchmarks.stages import Stage, Workbench, draw_labels
 from scegg.method import plain
-from scegg.method.evaluation import evaluate
 from scegg.method.embeddings import Embedding
+from scegg.method.evaluation import evaluate
 
 
 def evaluation_stage(bench: Workbench, against_plain: bool) -> Stage:

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.stages import Stage
 from preprocessing import Backbone
-from scegg.features.backbones import OFFLINE, Pixels, build_backbone, fold
-from scegg.features.feature_file import FILTERS, create_maps
+from scegg.features.backbones import OFFLINE, build_backbone, fold
+from scegg.features.feature_file import FILTERS, create_maps, read_maps
+from scegg.features.images import PixelNormalization
 from scegg.features.parts import MapWriter
-from scegg.features.feature_file import read_maps
 
 
 def file_stages(maps: np.ndarray, folder: Path) -> list[Stage]:
@@ -52,7 +52,7 @@ def backbone_stage(device: torch.device, img_size: int) -> Stage:
     """The offline backbone's forward pass, images already on the device."""
     at_once = images_at_once(device)
     network = fold(build_backbone(OFFLINE, None, img_size)[0])
-    backbone = Backbone(Pixels(OFFLINE), network, device, torch.float32, at_once)
+    backbone = Backbone(PixelNormalization(OFFLINE), network, device, torch.float32, at_once)
     shape = (at_once, 3, img_size, img_size)
     images = torch.randint(256, shape, dtype=torch.uint8, device=device)
 

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.files import images_at_once
 from benchmarks.machine import Timer
-from preprocessing import DECODED_AT_ONCE, Backbone, Images, collate, default_workers, extract
 from scegg.datasets.xlsa17 import read_dataset
-from scegg.features.backbones import Pixels, build_backbone, fold
-from scegg.features.images import image_transform
+from scegg.features.backbones import build_backbone, fold
+from scegg.features.extract import DECODED_AT_ONCE, Backbone, default_workers, extract
+from scegg.features.images import Images, PixelNormalization, collate, image_transform
 from scegg.features.parts import Parts
 
 IMAGES = 512
@@ -71,7 +71,9 @@ class PreprocessingBench:
         network, self.provenance = build_backbone(options.backbone, options.weights, 448)
         if folded:
             network = fold(network)
-        return Backbone(Pixels(options.backbone), network, device, torch.float32, self.at_once)
+        return Backbone(
+            PixelNormalization(options.backbone), network, device, torch.float32, self.at_once
+        )
 
     def load(self, indices: torch.Tensor) -> torch.Tensor:
         """A batch of decoded images."""

@@ -491,9 +491,9 @@ def draw_space(page: Page, compressed: bool):
     places = (left, bottom) + (np.array(middles) + spread * distances) * (92, 104)
 
     for real, made in places:
-        for place, color in zip(real[:2], SEEN):
+        for place, color in zip(real[:2], SEEN, strict=True):
             page.point(*place, "o", color)
-        for place, made_place, color in zip(real[2:], made[2:], UNSEEN):
+        for place, made_place, color in zip(real[2:], made[2:], UNSEEN, strict=True):
             page.point(*place, "^", color)
             page.point(*made_place, "^", color, hollow=True)
 

@@ -37,9 +37,7 @@ IMPORTED = ("torch", "torchvision", "scipy.io", "h5py", "PIL.Image", "yaml", "wa
 def installation() -> list[str]:
     """Lines on Python and on every package of requirements.txt; a broken one begins with BROKEN."""
     lines, as_pinned = [python_line()], []
-    requirements = (HERE / "requirements.txt").read_text()
-
-    for name, pinned in re.findall(r"^([\w.-]+)==(\S+)", requirements, re.MULTILINE):
+    for name, pinned in pins((HERE / "requirements.txt").read_text()):
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -51,6 +49,17 @@ def installation() -> list[str]:
             lines.append(f"{name} {found}; requirements.txt pins {pinned}")
 
     return [*lines, f"as pinned: {', '.join(as_pinned)}", *failed_imports()]
+
+
+def pins(requirements: str) -> list[tuple[str, str]]:
+    """(package, version) of each pin that holds for this Python."""
+    pattern = r"^([\w.-]+)==([^\s;]+)(?:; python_version (<|>=) \"(\d+)\.(\d+)\")?$"
+    found = []
+    for name, version, side, major, minor in re.findall(pattern, requirements, re.MULTILINE):
+        is_older = bool(side) and sys.version_info[:2] < (int(major), int(minor))
+        if not side or is_older == (side == "<"):
+            found.append((name, version))
+    return found
 
 
 def python_line() -> str:
@@ -131,7 +140,8 @@ class DatasetState(NamedTuple):
 
 def dataset_state(data_root: Path, dataset: str) -> DatasetState:
     """Look at the data of a dataset."""
-    from scegg.datasets.xlsa17 import LAYOUTS, read_attribute_names, read_dataset
+    from scegg.datasets.layouts import LAYOUTS
+    from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
 
     folder = data_root / dataset
     try:
@@ -186,7 +196,7 @@ def feature_line(path: Path):
 
 def next_command(data_root: Path, dataset: str, is_ready: bool, usable: list) -> str:
     """What to run next for a dataset. usable: the Features that can be trained on."""
-    from scegg.datasets.xlsa17 import feature_file
+    from scegg.features.feature_file import feature_file
 
     is_toy = dataset == "TOY"
     root = ""
@@ -228,7 +238,7 @@ def flags_of(features) -> str:
 
 def dataset_report(data_root: Path, dataset: str) -> list[str]:
     """All lines on a dataset, the last one says what to run next."""
-    from scegg.datasets.xlsa17 import feature_file
+    from scegg.features.feature_file import feature_file
 
     state = dataset_state(data_root, dataset)
     lines, usable = list(state.lines), []
@@ -294,7 +304,7 @@ def main(argv=None):
     free = shutil.disk_usage(".").free / 1e9
     print_section("", [*devices(), wandb_state(), f"{free:.1f} GB of disk are free here"])
 
-    from scegg.datasets.xlsa17 import LAYOUTS
+    from scegg.datasets.layouts import LAYOUTS
 
     for dataset in LAYOUTS:
         print_section(f"\n{dataset}", dataset_report(options.data_root, dataset))

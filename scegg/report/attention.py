@@ -16,8 +16,7 @@ from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.xlsa17 import image_tail
 from scegg.features.backbones import build_backbone
-from scegg.features.images import PixelNormalization
-from scegg.features.images import image_transform, read_image
+from scegg.features.images import PixelNormalization, image_transform, read_image
 from scegg.features.reader import normalize_positions
 from scegg.report.style import PAGE, STYLE, class_title
 from scegg.run.trained import TrainedRun, restore_scen

@@ -161,3 +161,16 @@ def test_wandbs_key_is_found_without_asking(monkeypatch, tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert doctor.wandb_state() == "W&B has a key for api.wandb.ai; WANDB_MODE=offline"
+
+
+def test_a_pin_counts_where_its_marker_holds(monkeypatch):
+    text = 'a==1.0\nb==2.0; python_version < "3.14"\nb==3.0; python_version >= "3.14"\n# c==4\n'
+    for version, pinned in (((3, 13), "2.0"), ((3, 14), "3.0")):
+        monkeypatch.setattr(sys, "version_info", (*version, 0))
+        assert doctor.pins(text) == [("a", "1.0"), ("b", pinned)]
+
+
+def test_every_line_of_the_requirements_is_a_pin():
+    text = (ROOT / "requirements.txt").read_text()
+    names = {line.split("==")[0] for line in text.splitlines() if not line.startswith("#")}
+    assert {name for name, _ in doctor.pins(text)} == names
