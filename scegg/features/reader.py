@@ -141,8 +141,8 @@ def open_features(
 ) -> Features:
     """Open and check a feature file, ours or the published code's (docs/method.md, section 3).
 
-    Raises UserError for a missing, truncated or foreign file, for contents that cannot be true,
-    and for features of another backbone, image size or dataset than asked for.
+    Raises UserError for a missing, truncated or foreign file, and for contents that cannot be true.
+    So it does for features of another backbone, image size or dataset than asked for.
     """
     path = Path(path)
     if not path.is_file():
