@@ -1,7 +1,7 @@
 # make demo         set up, then run the whole method on built-in TOY: no account, no data, no GPU
 # make test         set up, then run every test
 # make test-long    the same with the long kill tests
-# make lint         check the code with ruff
+# make lint         check the code with ruff alone
 # make format       format the code with ruff
 # make toy          render TOY below data/
 # make doctor       check the installation and the data, and say what to run next
@@ -35,7 +35,7 @@ demo: toy
 	    --backbone efficientnet_lite2 --img_size 224 --normalization backbone
 	$(BIN)/python train_joint.py --wandb offline
 
-test: $(VENV)/installed-test
+test: lint
 	$(BIN)/python -m pytest tests
 
 test-long: $(VENV)/installed-test

@@ -224,7 +224,10 @@ def next_command(data_root: Path, dataset: str, is_ready: bool, usable: list) ->
 
 def training_script(dataset: str) -> str:
     """The script that trains on a dataset."""
-    return "train_joint.py" if dataset == "TOY" else f"train_joint_{dataset}.py"
+    if dataset == "TOY":
+        return "train_joint.py"
+    own = f"train_joint_{dataset}.py"
+    return own if (HERE / own).is_file() else f"train_joint.py --dataset {dataset}"
 
 
 def flags_of(features) -> str:
