@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT, feature_arrays, write_features
 
 os.environ.setdefault("WANDB_MODE", "disabled")

@@ -1,5 +1,7 @@
 """What tests share: paths, small feature files made on the spot, small runs."""
 
+import json
+import sys
 from pathlib import Path
 
 import h5py
@@ -9,23 +11,57 @@ import train_joint
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "published_scegg_small.npz"
+SUN_CONFIG = ROOT / "wandb_config" / "sun_gzsl.yaml"
+
+# The command line that `run_training("CUB", "sun_gzsl.yaml", ...)` stands for.
+TRAIN_COMMAND = [
+    sys.executable,
+    str(ROOT / "train_joint_CUB.py"),
+    "--config",
+    str(SUN_CONFIG),
+]
+
+SMALL_RUN = {
+    "batch_size": 6,
+    "scen_iterations": 20,
+    "distill_iterations": 30,
+    "distill_hidden": 16,
+    "nepoch": 2,
+    "ngh": 32,
+    "ndh": 32,
+    "syn_num": 20,
+    "classifier_epochs": 3,
+    "log_freq_iteration": 10,
+}
 
 
 def feature_arrays(seed=0, per_class=12, classes=9, unseen=(1, 4, 7), K=11, D=24, side=3):
-    """The datasets of a small, learnable feature file: class signatures mixed into random non-negative maps."""
+    """The datasets of a small feature file from which a run can learn.
+
+    Each image's map (D, side, side) is its class's attributes, mixed into the channels, plus noise.
+    The last three images of every seen class are test images.
+    """
     rng = np.random.default_rng(seed)
     original_att = rng.uniform(0, 100, (classes, K))
     att = original_att / np.linalg.norm(original_att, axis=1, keepdims=True)
+
     labels = np.repeat(np.arange(classes), per_class)
     to_channels = rng.normal(size=(K, D))
-    signal = (att[labels] @ to_channels)[:, :, None, None] + rng.normal(0, 0.3, (len(labels), D, side, side))
+    signal = (att[labels] @ to_channels)[:, :, None, None]
+    signal = signal + rng.normal(0, 0.3, (len(labels), D, side, side))
+
     is_unseen = np.isin(labels, unseen)
     held_out = np.arange(len(labels)) % per_class >= per_class - 3
-    where = lambda mask: np.flatnonzero(mask)
-    return {"feature_map": np.maximum(signal, 0).astype(np.float32), "labels": labels,
-            "trainval_loc": where(~is_unseen & ~held_out), "test_seen_loc": where(~is_unseen & held_out),
-            "test_unseen_loc": where(is_unseen), "att": att, "original_att": original_att,
-            "w2v_att": rng.normal(size=(K, 10))}
+    return {
+        "feature_map": np.maximum(signal, 0).astype(np.float32),
+        "labels": labels,
+        "trainval_loc": np.flatnonzero(~is_unseen & ~held_out),
+        "test_seen_loc": np.flatnonzero(~is_unseen & held_out),
+        "test_unseen_loc": np.flatnonzero(is_unseen),
+        "att": att,
+        "original_att": original_att,
+        "w2v_att": rng.normal(size=(K, 10)),
+    }
 
 
 def write_features(path, arrays, **attributes):
@@ -37,15 +73,30 @@ def write_features(path, arrays, **attributes):
     return path
 
 
-SMALL_RUN = {"batch_size": 6, "scen_iterations": 20, "distill_iterations": 30, "distill_hidden": 16, "nepoch": 2, "ngh": 32,
-             "ndh": 32, "syn_num": 20, "classifier_epochs": 3, "log_freq_iteration": 10}
-
-
 def flags(**values):
     """Keyword values as command-line flags."""
     return [f"--{name}={value}" for name, value in values.items()]
 
 
+def small_run_arguments(features, runs, *more, **changes):
+    """The arguments of a small run on the CPU: a feature file, the folder of runs, more flags.
+
+    changes: keys of the config that differ from SMALL_RUN.
+    """
+    places = ["--features", str(features), "--runs", str(runs), "--data_root", "none"]
+    return [*places, "--device", "cpu", *more, *flags(**SMALL_RUN | changes)]
+
+
 def run_training(dataset, config, argv):
     """train_joint.py on a dataset with a file of wandb_config/."""
     train_joint.main(["--config", str(ROOT / "wandb_config" / config), *argv], dataset=dataset)
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_summary(folder):
+    """The summary of a finished run."""
+    return json.loads((folder / "summary.json").read_text())

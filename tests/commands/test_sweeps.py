@@ -1,22 +1,31 @@
 """The W&B sweeps: every parameter is a key, and the agent's command line runs."""
-import json
+
 import subprocess
 import sys
 
 import pytest
 import yaml
-from helpers import ROOT, SMALL_RUN
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from helpers import ROOT, SMALL_RUN, flags, read_summary
 from scegg.config import FIELDS, parse_value
 
 SWEEPS = sorted((ROOT / "wandb_config" / "sweeps").glob("*.yaml"))
 
 
+def lowest(entry):
+    """The lower end of what a sweep may try."""
+    return entry["values"][0] if "values" in entry else entry["min"]
+
+
+def highest(entry):
+    """The upper end of what a sweep may try."""
+    return entry["values"][-1] if "values" in entry else entry["max"]
+
+
 def trial(sweep, pick):
-    """One set of parameters, each the lower or the upper end of what the sweep may try."""
-    return {name: entry["values"][pick] if "values" in entry else entry["max" if pick else "min"]
-            for name, entry in sweep["parameters"].items()}
+    """One set of a sweep's parameters, each picked (lowest, highest) from what it may try."""
+    return {name: pick(entry) for name, entry in sweep["parameters"].items()}
 
 
 def test_there_is_a_sweep_for_every_dataset():
@@ -26,25 +35,46 @@ def test_there_is_a_sweep_for_every_dataset():
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_every_parameter_is_a_key_of_the_right_type(file):
     sweep = yaml.safe_load(file.read_text())
-    assert sweep["metric"] == {"name": "best_H", "goal": "maximize"} and sweep["early_terminate"]["type"] == "hyperband"
+    assert sweep["metric"] == {"name": "best_H", "goal": "maximize"}
+    assert sweep["early_terminate"]["type"] == "hyperband"
     assert (ROOT / sweep["program"]).is_file()
-    for pick in (0, -1):
+
+    for pick in (lowest, highest):
         for name, value in trial(sweep, pick).items():
-            assert name in FIELDS and parse_value(name, str(value), file.name) == value
+            assert name in FIELDS
+            assert parse_value(name, str(value), file.name) == value
+
+
+def agents_command(sweep, parameters):
+    """The command as W&B's agent puts it together; only the interpreter is this one."""
+    args = {name: {"value": value} for name, value in parameters.items()}
+    parts = create_sweep_command_args({"args": args}) | {
+        "env": ["/usr/bin/env"],
+        "interpreter": [sys.executable],
+        "program": [str(ROOT / sweep["program"])],
+    }
+
+    command = []
+    for item in create_sweep_command(sweep["command"]):
+        if item.startswith("${"):
+            command += parts[item.removeprefix("${").removesuffix("}")]
+        else:
+            command.append(item)
+    return command
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
 def test_the_agents_command_runs(file, features, tmp_path):
-    """The command as W&B's agent puts it together (only the interpreter is this one), on a small feature file."""
     sweep = yaml.safe_load(file.read_text())
-    own = [f"--{name}={value}" for name, value in SMALL_RUN.items() if name not in sweep["parameters"]]
-    parts = create_sweep_command_args({"args": {name: {"value": value} for name, value in trial(sweep, 0).items()}})
-    parts |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [str(ROOT / sweep["program"])]}
-    command = [word for item in create_sweep_command(sweep["command"])
-               for word in (parts[item[2:-1]] if item.startswith("${") else [item])]
-    done = subprocess.run([*command, "--features", str(features), "--device", "cpu", "--backbone=resnet101", "--img_size=448", *own],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    parameters = trial(sweep, lowest)
+    small = {name: value for name, value in SMALL_RUN.items() if name not in parameters}
+    own = ["--features", str(features), "--device", "cpu"]
+    own += flags(backbone="resnet101", img_size=448, **small)
+
+    command = [*agents_command(sweep, parameters), *own]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    made, = (tmp_path / "runs").iterdir()
-    config = json.loads((made / "summary.json").read_text())["config"]
-    assert {name: config[name] for name in sweep["parameters"]} == trial(sweep, 0)
+
+    (made,) = (tmp_path / "runs").iterdir()
+    config = read_summary(made)["config"]
+    assert {name: config[name] for name in parameters} == parameters

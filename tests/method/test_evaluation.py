@@ -1,18 +1,26 @@
 """Metrics against scikit-learn, and the softmax classifier on data it must learn."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from sklearn.metrics import balanced_accuracy_score
 
+from helpers import SUN_CONFIG
 from scegg.config import read_config
 from scegg.method.eggn import EGGN
-from scegg.method.evaluation import area_under, fit_softmax, harmonic_mean, logits_metrics, per_class_accuracy, seen_unseen_curve
 from scegg.method.embeddings import Embedding
+from scegg.method.evaluation import (
+    area_under,
+    fit_softmax,
+    harmonic_mean,
+    logits_metrics,
+    per_class_accuracy,
+    seen_unseen_curve,
+)
 
-CONFIG = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
+CONFIG = read_config(SUN_CONFIG, {})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -21,6 +29,7 @@ def test_per_class_accuracy_is_balanced_accuracy(seed):
     classes = int(rng.integers(2, 40))
     target, predicted = rng.integers(0, classes, 300), rng.integers(0, classes, 300)
     predicted = np.where(rng.random(300) < 0.4, target, predicted)
+
     ours = per_class_accuracy(torch.tensor(target), torch.tensor(predicted), classes)
     assert ours.item() == pytest.approx(balanced_accuracy_score(target, predicted), abs=1e-6)
 
@@ -32,17 +41,23 @@ def test_absent_classes_do_not_count():
 
 
 def test_harmonic_mean():
-    assert harmonic_mean(0.0, 0.0) == 0 and harmonic_mean(0.0, 0.7) == 0
+    assert harmonic_mean(0.0, 0.0) == 0
+    assert harmonic_mean(0.0, 0.7) == 0
     assert harmonic_mean(60.9, 89.3) == pytest.approx(72.4, abs=0.05)
     both = harmonic_mean(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.25]))
     torch.testing.assert_close(both, torch.tensor([0.0, 1 / 3]))
 
 
 def test_logits_metrics_by_hand():
-    """Classes 0, 1 seen and 2, 3 unseen: CZSL looks at unseen columns only, GZSL at all."""
-    test_unseen = torch.tensor([[9.0, 0, 2, 1], [0, 0, 3, 5]])  # GZSL takes the first for class 0
-    test_seen = torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0]])
-    metrics = logits_metrics(test_unseen, torch.tensor([2, 3]), test_seen, torch.tensor([0, 1]), torch.tensor([2, 3]))
+    """Classes 0, 1 are seen and 2, 3 unseen. CZSL looks at unseen columns only, GZSL at all."""
+    unseen_logits = torch.tensor([[9.0, 0, 2, 1], [0, 0, 3, 5]])  # GZSL takes the first for class 0
+    unseen_labels = torch.tensor([2, 3])
+    seen_logits = torch.tensor([[1.0, 0, 0, 0], [1, 0, 0, 0]])
+    seen_labels = torch.tensor([0, 1])
+
+    metrics = logits_metrics(
+        unseen_logits, unseen_labels, seen_logits, seen_labels, torch.tensor([2, 3])
+    )
     assert metrics == pytest.approx((100, 50, 50, 50))
 
 
@@ -51,29 +66,47 @@ def test_softmax_classifier_learns_and_scores_every_epoch():
     x, y = torch.randn(200, 6), torch.arange(200) % 2
     x[:, 0] += 4 * y
     config = dataclasses.replace(CONFIG, classifier_lr=0.05, classifier_epochs=7, syn_num=30)
-    scores, _ = fit_softmax(x, y, 2, config, lambda linear: per_class_accuracy(y, linear(x).argmax(dim=1), 2))
+
+    def score(linear):
+        return per_class_accuracy(y, linear(x).argmax(dim=1), 2)
+
+    scores, _ = fit_softmax(x, y, 2, config, score)
     assert scores.shape == (7,) and scores[-1] > 0.95
 
 
 def test_seen_unseen_curve_against_trying_every_bias():
-    """At each of its points the curve must say what the metric says of logits with that bias taken from the seen classes."""
+    """At each of its points the curve says what the metric says of biased logits.
+
+    Biased: with the point's bias taken from the logits of the seen classes.
+    """
     torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, ngh=8, ndh=8, use_decoder=False)
     unseen, C = torch.tensor([1, 4]), 6
     eggn = EGGN(5, torch.rand(C, 3), None, config)
     linear = torch.nn.Linear(5, C)
-    test = {"test_seen": Embedding(torch.rand(40, 5), None, torch.tensor([0, 2, 3, 5]).repeat(10)),
-            "test_unseen": Embedding(torch.rand(30, 5), None, unseen.repeat(15))}
+    seen_labels = torch.tensor([0, 2, 3, 5]).repeat(10)
+    test = {
+        "test_seen": Embedding(torch.rand(40, 5), None, seen_labels),
+        "test_unseen": Embedding(torch.rand(30, 5), None, unseen.repeat(15)),
+    }
+    is_seen = torch.tensor([1.0, 0, 1, 1, 0, 1])
+
+    def biased_accuracy(split, bias):
+        predicted = (linear(split.x) - bias * is_seen).argmax(dim=1)
+        return per_class_accuracy(split.y, predicted, C).item()
+
     curve = seen_unseen_curve(eggn, linear, test, unseen)
-    seen = torch.tensor([1.0, 0, 1, 1, 0, 1])
     for bias, S, U in curve[1:].tolist():
         just_above = bias + 1e-6
-        accuracy = {name: per_class_accuracy(split.y, (linear(split.x) - just_above * seen).argmax(dim=1), C).item()
-                    for name, split in test.items()}
-        assert (S, U) == pytest.approx((accuracy["test_seen"], accuracy["test_unseen"]), abs=1e-6)
+        expected = tuple(
+            biased_accuracy(test[name], just_above) for name in ("test_seen", "test_unseen")
+        )
+        assert pytest.approx(expected, abs=1e-6) == (S, U)
+
     assert curve[0, 2] == 0 and curve[-1, 1] == pytest.approx(0, abs=1e-9)
     assert 0 < area_under(curve) < 1
 
 
 def test_area_under_a_curve_by_hand():
-    assert area_under(torch.tensor([[0.0, 0.8, 0.0], [1.0, 0.8, 0.5], [2.0, 0.0, 0.5]])) == pytest.approx(0.4)
+    curve = torch.tensor([[0.0, 0.8, 0.0], [1.0, 0.8, 0.5], [2.0, 0.0, 0.5]])
+    assert area_under(curve) == pytest.approx(0.4)

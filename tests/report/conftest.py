@@ -1,9 +1,9 @@
 """Fixtures of the reports' tests: a small run of TOY, made once."""
 
 import pytest
-from report_helpers import IMG_SIZE, ToyRun, train_on_toy
 
 import preprocessing
+from report_helpers import IMG_SIZE, ToyRun, train_on_toy
 from scegg.datasets import toy
 from scegg.run.trained import load_run
 

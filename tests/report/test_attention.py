@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from report_helpers import IMG_SIZE
 from torchvision import transforms
 
 from model import LEN, SCEN
+from report_helpers import IMG_SIZE
 from scegg.features.reader import Features
 from scegg.report.attention import (
     attend,

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from report_helpers import METRICS, accuracies, printed_table, table_rows, write_run
 
 import results
 from helpers import ROOT
+from report_helpers import METRICS, accuracies, printed_table, table_rows, write_run
 from scegg.report.comparison import published_rows
 from util import UserError
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
-from report_helpers import IMG_SIZE, as_baseline
 
 import visualize
 from helpers import ROOT, feature_arrays, write_features
+from report_helpers import IMG_SIZE, as_baseline
 from scegg.run.trained import load_run
 from util import UserError
 

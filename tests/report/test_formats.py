@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 from matplotlib import pyplot
-from report_helpers import printed_table, table_rows, write_run
 
 import results
+from report_helpers import printed_table, table_rows, write_run
 from util import UserError
 
 

@@ -4,8 +4,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from report_helpers import as_baseline, train_on_toy
 
+from report_helpers import as_baseline, train_on_toy
 from scegg.datasets.splits import Split
 from scegg.report import tsne
 from scegg.report.tsne import (

@@ -7,11 +7,11 @@ import struct
 import numpy as np
 import pytest
 import torch
-from fuzzing import cases, damages, right_or_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from fuzzing import cases, damages, right_or_refused
 from helpers import ROOT
 from scegg.config import Config, read_config
 from scegg.datasets.word_vectors import read_vectors

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from fuzzing import EDITS, cases, damages, edits_of, in_a_child, right_or_refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuzzing import EDITS, cases, damages, edits_of, in_a_child, right_or_refused
 from helpers import feature_arrays
 from scegg.datasets import toy
 from scegg.datasets.splits import check_split

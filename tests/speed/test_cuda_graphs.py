@@ -14,8 +14,8 @@ from model import SCEN, global_classifier
 from scegg.config import read_config
 from scegg.features.sampler import BalancedSampler
 from scegg.method.eggn import EGGN, draw_iteration
-from scegg.method.evaluation import fit_softmax
 from scegg.method.embeddings import Embedding
+from scegg.method.evaluation import fit_softmax
 from scegg.method.losses import classifier_step
 from scegg.method.scen import fit_global_classifier, rmsprop, scen_step
 from scegg.speed.cuda_graphs import WARM_UP, GraphedStep, graphed

@@ -1,10 +1,10 @@
 """Products by oneDNN: the numbers, the gradients, and what is left to torch."""
 
-import parity
 import pytest
 import torch
 from torch.nn import functional as F
 
+import parity
 from helpers import GOLDEN
 from scegg.speed import onednn
 from scegg.speed.onednn import OneDNNMatmul, fast_matmul
