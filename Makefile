@@ -21,11 +21,8 @@ FLAGS ?=
 BIN := $(VENV)/bin
 TRAIN = $(BIN)/python train_joint.py --dataset $(DATASET)
 
-CONFIG_TOY = toy
-CONFIG_CUB = cub_gzsl
-CONFIG_SUN = sun_gzsl
-CONFIG_AWA2 = awa2_gzsl
-CONFIG = wandb_config/$(CONFIG_$(DATASET)).yaml
+LOWER = $(shell echo $(DATASET) | tr A-Z a-z)
+CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(LOWER)_gzsl).yaml
 
 .PHONY: demo test test-long lint format toy doctor benchmark seeds ablations clean
 .DELETE_ON_ERROR:

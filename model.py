@@ -175,6 +175,8 @@ def global_classifier(channels: int, hidden: int, classes: int) -> nn.Sequential
 #
 # x (B, D) dense-semantic features; a (B, K) the attributes of their classes; z (B, K) latent
 
+# Layers keep the names that saved weights have: some networks have no fc2.
+
 SLOPE = 0.2  # of every LeakyReLU in EGGN
 
 

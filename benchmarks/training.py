@@ -12,8 +12,8 @@ from benchmarks.flop import (
 )
 from benchmarks.stages import Stage, Workbench
 from scegg.method import plain
-from scegg.method.losses import classifier_step
 from scegg.method.scen import scen_step
+from scegg.method.steps import classifier_step
 from scegg.speed.cuda_graphs import WARM_UP, graphed
 
 # Bytes that an optimiser moves for each weight of four bytes. Adam reads the weight, its gradient

@@ -1,7 +1,7 @@
 """Stage 3: train EGGN on the dense-semantic features, and synthesise features of unseen classes.
 
 One iteration is `critic_iter` critic steps and one generator step (section 6). All random draws are
-handed to the steps, so that they can be replayed.
+handed to the steps, so that they can be replayed. Sections are those of docs/method.md.
 """
 
 from functools import partial
@@ -96,17 +96,18 @@ class Schedule(NamedTuple):
 class EGGN(nn.Module):
     """Encoder, generator, critic, decoder and feedback, with their optimisers and lambda1.
 
-    Args: channels D; att (C, K) class attributes; global_cls, the distilled classifier, which
-    guides and is not trained here, or None where there is none (pooled CNN features).
+    Args: channels D; att (C, K) class attributes; guide, the distilled classifier, which is
+    not trained here, or None where there is none (pooled CNN features).
     """
 
-    def __init__(self, channels: int, att: Tensor, global_cls: nn.Module | None, config: Config):
+    def __init__(self, channels: int, att: Tensor, guide: nn.Module | None, config: Config):
         super().__init__()
         K = att.shape[1]
         self.config = config
         self.E = Encoder(channels, K, config.ngh)
         self.G = Generator(channels, K, config.ngh)
-        self.D = Critic(channels, K, config.ndh)  # (channels, K, ndh, ndh): two hidden layers
+        # two hidden layers: Critic(channels, K, config.ndh, config.ndh)
+        self.D = Critic(channels, K, config.ndh)
         self.Dec = Decoder(channels, K, config.ngh)
         self.Fb = Feedback(config.ngh)
 
@@ -114,7 +115,7 @@ class EGGN(nn.Module):
         # the weight of the gradient penalty; it adapts
         self.register_buffer("lambda1", torch.tensor(config.lambda1, dtype=torch.float64))
         # in a list: its weights are saved with SCEN, not here
-        self.guide = [global_cls.requires_grad_(False)] if global_cls else []
+        self.guide = [guide.requires_grad_(False)] if guide else []
         self.register_load_state_dict_pre_hook(rename_feedback)
 
     def to(self, device):
@@ -217,6 +218,8 @@ class EGGN(nn.Module):
         self.Dec.requires_grad_(trains_decoder)
 
         losses = self.generator_losses(x, y, eps, unseen_y, noise, feedback)
+        if tuple(losses) != GENERATOR_LOSSES:
+            raise ValueError(f"GENERATOR_LOSSES must name the terms {', '.join(losses)}")
         total = sum(weight * loss for weight, loss in losses.values())
         total.backward()
 
@@ -229,12 +232,12 @@ class EGGN(nn.Module):
 
         self.D.requires_grad_(True)
         self.Dec.requires_grad_(True)
-        return torch.stack([*(losses[name][1] for name in GENERATOR_LOSSES), total]).detach()
+        return torch.stack([*(loss for _, loss in losses.values()), total]).detach()
 
     def generator_losses(
         self, x: Tensor, y: Tensor, eps: Tensor, unseen_y: Tensor, noise: Tensor, feedback: bool
     ) -> dict[str, tuple[float, Tensor]]:
-        """(weight, loss) of each term, by its name in GENERATOR_LOSSES. A new term goes here."""
+        """(weight, loss) of each term, by name. A new term goes here and into GENERATOR_LOSSES."""
         config, B, a = self.config, len(x), self.att[y]
         z, mean, log_var = self.latent(x, a, eps)
         # Reconstructions and generated unseen features share the products of generator and guide.

@@ -1,4 +1,5 @@
-"""Dense-semantic features: every image passes through the trained SCEN once (section 5)."""
+"""Dense-semantic features: every image passes through the trained SCEN once (docs/method.md,
+section 5)."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,7 @@
-"""Accuracies: the field's metrics, and the softmax classifiers behind CZSL and GZSL (section 6)."""
+"""Accuracies: the field's metrics, and the softmax classifiers behind CZSL and GZSL.
+
+Sections are those of docs/method.md: 1 the metrics, 6 the classifiers.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 from scegg.config import Config
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
-from scegg.method.losses import LossMeter, classifier_step
+from scegg.method.steps import LossMeter, classifier_step
 from scegg.speed.cuda_graphs import graphed
 
 # ---- metrics (section 1)

@@ -141,15 +141,15 @@ def generator_step(eggn, x, y, eps, unseen_y, noise, feedback):
     x (B, D), y (B,), eps (B, K); unseen labels unseen_y (B,) with noise (B, K). Returns the terms,
     without their weights, and the total.
     """
-    config, a, global_cls = eggn.config, eggn.att[y], eggn.guide[0]
+    config, a, guide = eggn.config, eggn.att[y], eggn.guide[0]
     for optimizer in eggn.optimizers.values():
         optimizer.zero_grad()
 
     z, mu, log_var = encode(eggn, x, a, eps)
     rec = generate(eggn, z, a, config.a1 if feedback else None)
     loss_vae = vae_loss(rec, x, mu, log_var)
-    rec_cls = F.cross_entropy(global_cls(rec), y)
-    unseen_cls = F.cross_entropy(global_cls(eggn.G(noise, eggn.att[unseen_y])), unseen_y)
+    rec_cls = F.cross_entropy(guide(rec), y)
+    unseen_cls = F.cross_entropy(guide(eggn.G(noise, eggn.att[unseen_y])), unseen_y)
     adversarial = -eggn.D(rec, a).mean()
     loss_Dec = weighted_l1(eggn.Dec(rec), a)
 

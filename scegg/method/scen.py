@@ -1,4 +1,6 @@
-"""Stages 1 and 2: train LEN and GEN jointly, then distil the global classifier (section 5).
+"""Stages 1 and 2: train LEN and GEN jointly, then distil the global classifier.
+
+Source: docs/method.md, section 5.
 
 `checkpoint` is a run's `scegg.run.checkpoint.Checkpoint`: it counts the steps of a stage, and saves
 and restores what a stage gives it to track.
@@ -12,7 +14,7 @@ from scegg.config import Config
 from scegg.features.sampler import BalancedSampler
 from scegg.features.storage import FeatureMaps
 from scegg.method.embeddings import Embedding
-from scegg.method.losses import LossMeter, classifier_step
+from scegg.method.steps import LossMeter, classifier_step
 from scegg.speed.cuda_graphs import graphed
 from util import seed_stream
 

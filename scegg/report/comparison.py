@@ -23,9 +23,9 @@ from scegg.report.summaries import (
     warn,
 )
 from scegg.report.table import METRICS, Block, Cell, Column, Row, Table
+from scegg.run.summary import PUBLISHED
 from util import write_text
 
-PUBLISHED = Path(__file__).resolve().parents[2] / "figs" / "published.csv"
 METHODS_WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose SCEN is the paper's
 SCEN_KEYS = keys_of_stage(1, 2)
 ABOUT_RUNS = (

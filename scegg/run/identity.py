@@ -39,7 +39,7 @@ def identity_of_code(device: torch.device) -> dict:
 
 
 def code_version() -> str:
-    """12 hex digits that change with any module that a run may import."""
+    """12 hex digits that change with any file of scegg/, model.py or util.py."""
     digest = hashlib.sha256()
     for path in [ROOT / "model.py", ROOT / "util.py", *sorted((ROOT / "scegg").rglob("*.py"))]:
         digest.update(path.read_bytes())

@@ -1,7 +1,7 @@
 """The joint schedule: SCEN goes on learning while EGGN trains (docs/method.md, section 9)."""
 
-from scegg.method.losses import LossMeter, classifier_step
 from scegg.method.scen import distillation_targets, rmsprop, scen_step
+from scegg.method.steps import LossMeter, classifier_step
 from util import UserError
 
 

@@ -21,9 +21,9 @@ from scegg.method.evaluation import (
     logits_metrics,
     seen_unseen_curve,
 )
-from scegg.method.losses import LossMeter
 from scegg.method.scen import fit_global_classifier, fit_scen
 from scegg.method.selection import Selection
+from scegg.method.steps import LossMeter
 from scegg.run.checkpoint import Checkpoint
 from scegg.run.joint import Joint
 from scegg.run.summary import metrics_line

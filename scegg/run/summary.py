@@ -101,7 +101,8 @@ def result_rows(notes: dict, selection: Selection, config: Config) -> list[tuple
         title = f"EGGN, picked on validation classes (epoch {selection.epoch})"
         rows.append((title, selection.metrics()))
     else:
-        rows.append(("EGGN, last epoch", Metrics(**selection.last)))
+        title = "EGGN, last epoch, classifier picked on test"
+        rows.append((title, Metrics(**selection.last)))
         rows.append((f"EGGN, best on test (epoch {selection.epoch})", selection.metrics()))
     return [*rows, (NOTHING_PICKED, Metrics(**selection.unselected))]
 
@@ -113,8 +114,9 @@ def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]])
     """
     known = LAYOUTS[dataset].published is not None
     note = " (not the paper's full dataset)" if known and not published else ""
-    if published:
-        rows = [*rows, ("published SC-EGG", published_scegg(dataset))]
+    scegg = published_scegg(dataset) if published else None
+    if scegg:
+        rows = [*rows, ("published SC-EGG", scegg)]
 
     lines = [f"{dataset + note:<46}{'acc_zs':>8}{'U':>8}{'S':>8}{'H':>8}"]
     for title, metrics in rows:
@@ -123,10 +125,12 @@ def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]])
     return "\n".join(lines)
 
 
-def published_scegg(dataset: str) -> Metrics:
-    """The paper's own numbers of SC-EGG on a dataset, from figs/published.csv."""
+def published_scegg(dataset: str) -> Metrics | None:
+    """The paper's own numbers of SC-EGG, from figs/published.csv; None for other datasets."""
     with open(PUBLISHED, encoding="utf-8", newline="") as file:
         row = next(line for line in csv.DictReader(file) if line["method"] == "SC-EGG")
+    if f"{dataset} acc" not in row:
+        return None
     return Metrics(*(float(row[f"{dataset} {metric}"]) for metric in ("acc", "U", "S", "H")))
 
 

@@ -96,3 +96,20 @@ def test_a_deeper_critic_trains_as_the_plain_method_trains_it():
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
     for parameter, other in zip(ours.D.parameters(), theirs.D.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_term_of_the_generators_loss_that_is_not_named_is_an_error(monkeypatch):
+    """A term that is trained and neither logged nor checked would go unnoticed."""
+    config = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
+    config = dataclasses.replace(config, ngh=20, ndh=24)
+    torch.manual_seed(0)
+    eggn = EGGN(6, torch.rand(4, 3), None, config).to("cpu")
+    draws = torch.rand(5, 6), torch.randint(4, (5,)), torch.randn(5, 3)
+    unseen = torch.randint(4, (5,)), torch.randn(5, 3)
+    assert eggn.generator_step(*draws, *unseen, False).shape == (6,)
+
+    losses = eggn.generator_losses(*draws, *unseen, False)
+    one_more = losses | {"loss_new": (0.0, torch.zeros(()))}
+    monkeypatch.setattr(eggn, "generator_losses", lambda *_: one_more)
+    with pytest.raises(ValueError, match="GENERATOR_LOSSES must name .*loss_new"):
+        eggn.generator_step(*draws, *unseen, False)

@@ -7,7 +7,7 @@ import torch
 
 from helpers import TRAIN_COMMAND
 from resuming import JOINT, arguments, leave_unfinished_run, train, write_features_with_val
-from scegg.method.losses import LossMeter
+from scegg.method.steps import LossMeter
 from scegg.run.folder import RunFolder
 from util import UserError
 

@@ -25,6 +25,7 @@ from helpers import (
 )
 from model import SCEN, weighted_l1
 from scegg.config import read_config
+from scegg.datasets.layouts import LAYOUTS
 from scegg.run import folder as logs
 from scegg.run.summary import result_table
 from util import UserError
@@ -353,3 +354,9 @@ def test_a_whole_run_of_the_transcription_learns_as_ours_does(tmp_path):
     assert set(plain["seconds"]) >= {"scen", "distill", "eggn", "evaluate"}
     for result in (plain, ours):  # chance is 25 and below 7
         assert result["best_acc_zs"] > 40 and result["best_H"] > 30, result
+
+
+def test_a_dataset_of_ones_own_has_no_published_row(monkeypatch):
+    """Also where its facts are known, and the data agree with them."""
+    monkeypatch.setitem(LAYOUTS, "APY", LAYOUTS["CUB"])
+    assert "published" not in result_table("APY", True, [])

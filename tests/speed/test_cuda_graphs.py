@@ -16,8 +16,8 @@ from scegg.features.sampler import BalancedSampler
 from scegg.method.eggn import EGGN, draw_iteration
 from scegg.method.embeddings import Embedding
 from scegg.method.evaluation import fit_softmax
-from scegg.method.losses import classifier_step
 from scegg.method.scen import fit_global_classifier, rmsprop, scen_step
+from scegg.method.steps import classifier_step
 from scegg.speed.cuda_graphs import WARM_UP, GraphedStep, graphed
 from util import UserError
 
