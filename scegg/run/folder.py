@@ -22,6 +22,8 @@ MODES = {
     "run": "online",
     "dryrun": "offline",
 }
+# W&B never asks, and waits no longer than these seconds, whatever its variables say
+UNATTENDED = {"relogin": False, "init_timeout": 60, "finish_timeout": 300}
 
 # ---- Weights & Biases
 
@@ -40,16 +42,42 @@ def wandb_mode(flag: str | None) -> str:
 
 
 def logged_in() -> bool:
-    """Whether W&B finds an API key, without asking for one, and takes it."""
-    try:
-        return wandb.login(prompt=False)
-    except wandb.errors.Error as error:
-        print(f"W&B: {error}")
+    """Whether W&B finds an API key and its server takes it; a line says why not.
+
+    Nobody is asked. Raises UserError as set_up_wandb.
+    """
+    if set_up_wandb().mode != "online":  # `wandb offline` was said here
         return False
+
+    # that variable bounds W&B's check of the key; without the check, the run's start shows it
+    verify = "WANDB_HTTP_TIMEOUT" not in os.environ
+    try:
+        found = wandb.login(prompt=False, verify=verify)
+    except wandb.errors.Error as error:
+        print(f"W&B: {UserError(error)}: logging offline")
+        return False
+    if not found:
+        print("W&B: nobody is logged in (`wandb login` does that): logging offline")
+    return found
+
+
+def set_up_wandb(**settings) -> wandb.Settings:
+    """W&B's settings in this process. Raises UserError for a WANDB_ variable that cannot be."""
+    try:
+        return wandb.setup(wandb.Settings(**UNATTENDED, **settings)).settings
+    except ValueError as error:  # pydantic's
+        raise UserError(f"W&B: {error}: correct this WANDB_ variable") from None
 
 
 def start_wandb(folder: Path, config: Config, dataset: str, mode: str, wandb_id: str):
-    """W&B's run of a folder; offline where W&B cannot be reached."""
+    """W&B's run of a folder; offline without a login, and where W&B cannot be reached.
+
+    Nobody is asked. Raises UserError as set_up_wandb.
+    """
+    set_up_wandb(mode=mode)
+    if mode == "online" and not logged_in():
+        mode = "offline"
+
     facts = dict(zip(RUN_FACTS, [dataset], strict=True))
     settings = {
         "project": PROJECT,
@@ -63,7 +91,9 @@ def start_wandb(folder: Path, config: Config, dataset: str, mode: str, wandb_id:
     try:
         return wandb.init(mode=mode, **settings)
     except wandb.errors.Error as error:
-        print(f"W&B could not be reached ({error}): logging offline")
+        print(f"W&B could not start online ({UserError(error)}): logging offline")
+        wandb.teardown()  # it holds the run's id
+        set_up_wandb(mode="offline")
         return wandb.init(mode="offline", **settings)
 
 

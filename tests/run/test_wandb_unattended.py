@@ -1,0 +1,104 @@
+"""W&B where nobody sits: nothing asks, nothing waits without an end."""
+
+import os
+import pty
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from scegg.run.folder import UNATTENDED
+
+PROGRAM = """
+import os
+import sys
+from pathlib import Path
+import util
+from scegg.config import read_config
+from scegg.run import folder
+
+def main():
+    folder.UNATTENDED |= {"init_timeout": 2, "finish_timeout": 2}
+    config = read_config(Path("ROOT/wandb_config/toy.yaml"), {})
+    mode = folder.wandb_mode(sys.argv[1] or None)
+    run = folder.start_wandb(Path.cwd(), config, "TOY", mode, "some_run")
+    run.log({"loss": 1})
+    run.finish()
+    print("it ran", run.settings.mode, flush=True)
+    os._exit(0)  # what W&B still does at the end takes long
+
+util.exit_on_user_error(main)
+""".replace("ROOT", str(ROOT))
+
+
+def start(folder: Path, flag: str, **environment):
+    """A run of W&B in a process with a terminal at which nobody types."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, flag],
+        env=kept | {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | environment,
+        cwd=folder,
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+    )
+    os.close(theirs)
+    try:
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    try:
+        shown = os.read(ours, 100_000).decode()
+    except OSError:  # nothing was written
+        shown = ""
+    os.close(ours)
+    assert "Enter your choice" not in shown and "API key:" not in shown
+    return process.returncode, said, shown
+
+
+@pytest.mark.parametrize(
+    "flag, environment",
+    [("online", {}), ("", {"WANDB_MODE": "online", "WANDB_RELOGIN": "true"})],
+)
+def test_online_without_a_login_goes_on_offline(tmp_path, flag, environment):
+    status, said, _ = start(tmp_path, flag, **environment)
+    assert status == 0 and "it ran offline" in said
+    assert said.count("W&B: nobody is logged in") == 1
+
+
+def test_a_flag_stands_above_a_mode_of_the_environment(tmp_path):
+    _, said, _ = start(tmp_path, "online", WANDB_MODE="offline")
+    assert "W&B: nobody is logged in" in said and "it ran offline" in said
+
+
+def test_a_server_that_never_answers_is_not_waited_for(tmp_path):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        status, said, _ = start(
+            tmp_path,
+            "",
+            WANDB_BASE_URL=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            WANDB_API_KEY="a" * 40,
+            WANDB_HTTP_TIMEOUT="86400",
+            WANDB_INIT_TIMEOUT="86400",
+            WANDB_SILENT="true",
+        )
+    assert status == 0 and "W&B could not start online" in said and "it ran offline" in said
+
+
+def test_a_variable_that_cannot_be_is_one_line(tmp_path):
+    status, _, shown = start(tmp_path, "disabled", WANDB_INIT_TIMEOUT="soon")
+    assert status == 2
+    assert shown.startswith("error: W&B: ") and "init_timeout" in shown
+    assert shown.strip().count("\n") == 0
+
+
+def test_waiting_is_bounded():
+    assert UNATTENDED["relogin"] is False
+    assert 0 < UNATTENDED["init_timeout"] <= 90 and 0 < UNATTENDED["finish_timeout"] <= 600
