@@ -25,7 +25,13 @@ from scegg.features.feature_file import (
     make_provenance,
     write_annotations,
 )
-from scegg.features.images import Images, PixelNormalization, check_images, image_transform
+from scegg.features.images import (
+    MEGAPIXELS,
+    Images,
+    PixelNormalization,
+    check_images,
+    image_transform,
+)
 from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, is_first_rank, sole_job, wait_for_all_ranks
 from scegg.speed.allocator import keep_freed_memory
@@ -77,7 +83,8 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add_speed_flags(parser)
     options = parser.parse_args(argv)
 
-    for name, least in (("batch_size", 1), ("num_workers", 0), ("img_size", 32)):
+    minima = {"batch_size": 1, "num_workers": 0, "img_size": 32, "max_megapixels": 1}
+    for name, least in minima.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
@@ -94,6 +101,12 @@ def add_data_flags(parser: argparse.ArgumentParser):
         type=Path,
         default=None,
         help=".pkl, .npy, word2vec .bin/.txt or GloVe .txt (default: <data_root>/w2v)",
+    )
+    parser.add_argument(
+        "--max_megapixels",
+        type=int,
+        default=MEGAPIXELS,
+        help=f"a larger image is refused as a decompression bomb (default: {MEGAPIXELS})",
     )
 
     parser.add_argument(
@@ -207,7 +220,8 @@ def pixel_normalization(options: argparse.Namespace) -> PixelNormalization:
 def dataset_images(options: argparse.Namespace, tails: list[str]) -> Images:
     """The images to be read; tails: their paths in the dataset's folder."""
     paths = [options.data_root / options.dataset / tail for tail in tails]
-    return Images(paths, image_transform(options.img_size), options.num_workers)
+    transform = image_transform(options.img_size)
+    return Images(paths, transform, options.num_workers, options.max_megapixels)
 
 
 @torch.inference_mode()

@@ -5,8 +5,9 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -17,22 +18,103 @@ from util import UserError
 # Pillow knows more formats, and would run Ghostscript on EPS
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
 LONGEST_SIDE = 50  # times the shorter side of an image
+MEGAPIXELS = 200  # of an image that is read unasked; Pillow warns of 90
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes; Pillow refuses a PNG with 1 MB of text
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `check_size` refuses
+
+# what may stand for white where a file does not say it
+PLAUSIBLE_WHITE = {"I": (255, 65535), "F": (1, 255, 65535)}
+PHOTOMETRIC, BITS, SAMPLE_FORMAT, LARGEST_SAMPLE = 262, 258, 339, 341  # tags of a TIFF
 
 
-def read_image(path: Path, transform) -> Tensor:
+class Unusable(ValueError):
+    """Why a whole image is not taken."""
+
+
+def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
     """`transform` of an image file's RGB picture.
 
-    Raises UserError for a file that is no image, a damaged one, and a decompression bomb.
+    Raises UserError for a file that is no image, a damaged one, one of more megapixels, and one
+    whose brightness is not known.
     """
+    Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000  # what Pillow itself looks at
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                if max(image.size) > LONGEST_SIDE * min(image.size):  # resizing makes it a bomb
-                    raise ValueError(f"it is {image.width} x {image.height} pixels, no photograph")
-                return transform(image if image.mode == "RGB" else image.convert("RGB"))
+        with Image.open(path, formats=FORMATS) as image:
+            check_size(image, Image.MAX_IMAGE_PIXELS)
+            return transform(to_rgb(image))
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{path} may be a decompression bomb ({error}): if it is a photograph, "
+            "preprocessing.py reads it with a larger --max_megapixels"
+        ) from None
+    except Unusable as error:
+        raise UserError(f"{path}: {error}") from None
+    except MemoryError:
+        raise UserError(f"{path} needs more memory than is free: stop other programs") from None
     except Exception as error:  # PIL raises many kinds over a damaged file
-        raise UserError(f"{path} is not a readable image ({error})") from None
+        is_the_systems = isinstance(error, OSError) and error.errno is not None
+        advice = "may you read it?" if is_the_systems else "put a JPEG or PNG there that opens"
+        raise UserError(f"{path} is not a readable image ({error}): {advice}") from None
+
+
+def check_size(image: Image.Image, pixels: int):
+    """Raises DecompressionBombError for more pixels than these, Unusable for a ribbon."""
+    if image.width * image.height > pixels:
+        raise Image.DecompressionBombError(f"it is {image.width} x {image.height} pixels")
+    if max(image.size) > LONGEST_SIDE * min(image.size):  # resizing makes it a bomb
+        raise Unusable(f"it is {image.width} x {image.height} pixels, no photograph")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB. Raises Unusable where its white is not known."""
+    if image.mode == "RGB":
+        return image
+    if image.mode[0] in "IF":  # more than 8 bits: Pillow would take all above 255 for white
+        image = to_8_bits(image)
+    return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of integers or floats as mode L: from black to white becomes 0 to 255.
+
+    Raises Unusable where it is not known what is white.
+    """
+    values = np.asarray(image)
+    white = known_white(image, values.min(), values.max())
+    scaled = np.rint(values * np.float32(255 / white)).astype(np.uint8)
+
+    white_is_zero = tiff_tag(image, PHOTOMETRIC, 1) == 0
+    return Image.fromarray(255 - scaled if white_is_zero else scaled)
+
+
+def known_white(image: Image.Image, least: float, most: float) -> float:
+    """The value that stands for white in a grey image whose values run from `least` to `most`.
+
+    With 16 bits and fewer it is their largest number. With more it is what a TIFF calls its
+    largest sample, else the least plausible number that no value passes.
+    Raises Unusable where there is none.
+    """
+    bits = tiff_tag(image, BITS, 16)
+    signs = int(tiff_tag(image, SAMPLE_FORMAT, 1) == 2)
+    candidates = [2.0 ** (bits - signs) - 1]
+    if bits > 16:
+        told = tiff_tag(image, LARGEST_SAMPLE, None)
+        candidates = [told] if told else PLAUSIBLE_WHITE[image.mode]
+
+    if least >= 0:  # and no NaN
+        for white in candidates:
+            if most <= white:
+                return white
+    raise Unusable(
+        f"its values run from {least:g} to {most:g}, and nothing says which is white: "
+        "save it with 8 or 16 bits a pixel"
+    )
+
+
+def tiff_tag(image: Image.Image, tag: int, default):
+    """The first value of a TIFF's tag; `default` where the file has none or is no TIFF."""
+    value = getattr(image, "tag_v2", {}).get(tag, default)
+    return value[0] if isinstance(value, tuple) else value
 
 
 class ResizeAndCrop:
@@ -91,11 +173,15 @@ class Images(Dataset):
 
     workers: how many processes decode batches side by side. Without any, the images of a batch are
     decoded in threads, since Pillow releases Python's lock; the backbone then waits for them.
+    megapixels: an image of more is refused.
     """
 
-    def __init__(self, paths: list[Path], transform, workers: int = 0):
+    def __init__(
+        self, paths: list[Path], transform, workers: int = 0, megapixels: int = MEGAPIXELS
+    ):
         self.paths = paths
         self.transform = transform
+        self.megapixels = megapixels
         # threads cannot be sent to a process
         self.map = map if workers else ThreadPoolExecutor(os.cpu_count()).map
 
@@ -104,9 +190,9 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         try:
-            return read_image(self.paths[index], self.transform)
+            return read_image(self.paths[index], self.transform, self.megapixels)
         except UserError as error:
-            return Unreadable(f"{error}: restore it from the dataset")
+            return Unreadable(str(error))
 
     def __getitems__(self, indices):
         return list(self.map(self.__getitem__, indices))
