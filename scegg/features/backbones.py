@@ -123,21 +123,30 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"--weights {path}: no such file") from None
     except Exception as error:  # whatever torch raises over a damaged or refused file
         raise UserError(
-            f"--weights {path} is not a state dict that can be loaded safely: "
-            f"{str(error).splitlines()[0]}"
+            f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}"
         ) from None
 
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not is_state(state):
         raise UserError(f"--weights {path} does not hold a state dict (names to tensors)")
     return {key.removeprefix("module."): value for key, value in state.items()}, Path(path).name
+
+
+def is_state(content) -> bool:
+    """Whether what was read is a state dict, names to tensors."""
+    return isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def download_state(name: str) -> tuple[dict[str, Tensor], str]:
     """torchvision's IMAGENET1K_V1 weights of a network, from its cache or from the net.
 
-    Raises UserError where there are none, or no connection.
+    Raises UserError where there are none, no connection, or a damaged file in the cache.
     """
     weights = getattr(models.get_model_weights(name), "IMAGENET1K_V1", None)
     if weights is None:
@@ -146,6 +155,9 @@ def download_state(name: str) -> tuple[dict[str, Tensor], str]:
             "give --weights FILE"
         )
 
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if cached.exists():
+        return cached_state(name, weights, cached), str(weights)
     try:
         state = weights.get_state_dict(progress=os.isatty(2), check_hash=True)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
@@ -155,6 +167,39 @@ def download_state(name: str) -> tuple[dict[str, Tensor], str]:
             "whose weights are installed"
         ) from None
     return state, str(weights)
+
+
+def cached_state(name: str, weights, cached: Path) -> dict[str, Tensor]:
+    """The state dict of a file in torch's cache, which torch itself takes as it is.
+
+    weights: torchvision's. Says so where the file is not the published one.
+    Raises UserError for a damaged one: an empty file, a web page, a part of a download.
+    """
+    try:
+        state = weights.get_state_dict(weights_only=True)
+    except Exception as error:  # whatever torch raises over a damaged or refused file
+        state, reason = None, first_line(error)
+    else:
+        reason = "it holds no state dict"
+    if not is_state(state):
+        raise UserError(
+            f"{cached}, which torch keeps as the {name} weights, cannot be loaded ({reason}): "
+            "delete it, and it is downloaded again"
+        )
+
+    promised = torch.hub.HASH_REGEX.search(cached.name)
+    if promised and not sha256(cached).startswith(promised[1]):
+        print(
+            f"{cached} is not the file that torchvision publishes under this name (its SHA-256 "
+            "is another): delete it to download that one"
+        )
+    return state
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(whole: nn.Module, cut: nn.Module, state: dict[str, Tensor], source: str):
