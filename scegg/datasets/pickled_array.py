@@ -9,9 +9,14 @@ import io
 import pickle
 import pickletools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+# a pickle that was passed on as a text of Windows: no module's name ends with \r
+AS_A_TEXT = re.compile(rb"(\x80[\x02\x03])?c[\w.]+\r\n")
 
 
 def read_pickle(path: Path) -> np.ndarray:
@@ -21,16 +26,39 @@ def read_pickle(path: Path) -> np.ndarray:
     damaged bytes.
     """
     data = path.read_bytes()
-    for opcode, argument, _ in pickletools.genops(data):  # fails where a length passes the end
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+    if AS_A_TEXT.match(data):
+        data = data.replace(b"\r\n", b"\n")
+    for name, argument in opcodes(data):  # fails where a length passes the end
+        if name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
             raise pickle.UnpicklingError(f"it counts {argument} objects in {len(data)} bytes")
 
-    content = ArrayUnpickler(io.BytesIO(data)).load()
+    # latin1: each byte of a text of Python 2 becomes one character
+    content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     if not isinstance(content, PickledArray):
         raise pickle.UnpicklingError(
             "it does not hold a table of numbers (attributes x vector length)"
         )
     return content.real()
+
+
+def opcodes(data: bytes) -> Iterator[tuple[str, object]]:
+    """Yield each opcode's name and argument, as pickletools.genops does.
+
+    A STRING of Python 2 may hold any bytes, where pickletools expects ASCII: it is passed over.
+    Raises pickle.UnpicklingError for an unknown opcode, and ValueError as pickletools does.
+    """
+    stream = io.BytesIO(data)
+    while (code := stream.read(1)) != b".":
+        opcode = OPCODES.get(code)
+        if opcode is None:
+            raise pickle.UnpicklingError(f"it has no opcode {code!r} where one should stand")
+
+        argument = None
+        if opcode.name == "STRING":
+            stream.readline()
+        elif opcode.arg is not None:
+            argument = opcode.arg.reader(stream)
+        yield opcode.name, argument
 
 
 class PickledDtype:
@@ -70,7 +98,8 @@ class PickledArray:
     def real(self) -> np.ndarray:
         """The array. Raises ValueError where the bytes do not fill the shape."""
         order = "F" if self.fortran else "C"
-        return np.frombuffer(self.data, self.dtype.real()).reshape(self.shape, order=order)
+        data = self.data.encode("latin-1") if isinstance(self.data, str) else self.data
+        return np.frombuffer(data, self.dtype.real()).reshape(self.shape, order=order)
 
 
 def encode_latin1(text: str, encoding: str) -> bytes:
