@@ -11,7 +11,9 @@ import numpy as np
 import scipy.io
 
 from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
+from scegg.datasets.text_files import text_encoding
 from util import UserError, survives
 
 PATIENCE = 120  # seconds that reading a .mat file may take
@@ -118,13 +120,17 @@ def read_mat(
         )
 
     def load():
+        if is_mat73(path):
+            return read_mat73(path, keys + optional)
         return scipy.io.loadmat(path, variable_names=keys + optional)
 
-    if not survives(load, PATIENCE):  # scipy's C code can crash over damaged bytes
-        raise UserError(f"{path} is damaged, scipy crashed or hung over it: download it again")
+    if not survives(load, PATIENCE):  # scipy's and HDF5's C code can crash over damaged bytes
+        raise UserError(f"{path} is damaged, its reader crashed or hung: download it again")
     try:
         content = load()
-    except Exception as error:  # scipy raises many kinds over a damaged file
+    except UserError:
+        raise
+    except Exception as error:  # scipy and h5py raise many kinds over a damaged file
         raise UserError(
             f"{path} is not a readable .mat file ({error}): download it again"
         ) from None
@@ -164,11 +170,17 @@ def class_table(array, what: str) -> np.ndarray:
 
 
 def cell_texts(cells: np.ndarray, what: str) -> list[str]:
-    """The texts of a .mat cell column. Raises UserError for other cells and for an empty text."""
+    """The texts of a .mat cell column, or of rows of characters, which blanks pad to one length.
+
+    Raises UserError for other cells and for an empty text.
+    """
     texts = [np.asarray(cell).ravel() for cell in np.asarray(cells).ravel()]
-    if not all(text.size == 1 and isinstance(text[0], str) and text[0] for text in texts):
-        raise UserError(f"{what} is not a column of texts, or has an empty one")
-    return [str(text[0]) for text in texts]
+    if not all(text.size == 1 and isinstance(text[0], str) for text in texts):
+        raise UserError(f"{what} is not a column of texts")
+    texts = [text[0].rstrip(" \0") for text in texts]
+    if not all(texts):
+        raise UserError(f"{what} is not a column of texts: it has an empty one")
+    return texts
 
 
 def image_tail(text: str, anchor: str, where) -> str:
@@ -198,7 +210,7 @@ def read_attribute_names(data_root: Path, dataset: str, count: int) -> list[str]
         mat = read_mat(path, ("attributes",))
         names = cell_texts(mat["attributes"], f"{path}: attributes")
     else:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(text_encoding(path), errors="replace").splitlines()
         names = [re.sub(r"^\s*\d+\s+", "", line).strip() for line in lines if line.strip()]
 
     if len(names) != count:
