@@ -12,10 +12,24 @@ import numpy as np
 from tqdm import tqdm
 
 from scegg.datasets.pickled_array import read_pickle
+from scegg.datasets.text_files import text_encoding
 from util import UserError
 
-# words of CUB that word2vec-google-news-300 lacks, and what is looked up for them
+# words of CUB that word2vec-google-news-300 lacks, and what is looked up for them in every model
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}
+# the same of AWA2; where a model knows the word itself, that is taken
+REPLACED_WHERE_MISSING = {
+    "quadrapedal": "quadrupedal",
+    "flys": "flies",
+    "toughskin": "tough skin",
+    "longleg": "long leg",
+    "chewteeth": "chew teeth",
+    "meatteeth": "meat teeth",
+    "strainteeth": "strain teeth",
+    "newworld": "new world",
+    "oldworld": "old world",
+    "nestspot": "nest spot",
+}
 GAUSSIAN_LENGTH = 300
 LONGEST = 10_000  # numbers of a vector, bytes of a word
 
@@ -129,25 +143,98 @@ def attribute_words(name: str) -> list[str]:
 def sum_words(path: Path, names: list[str]) -> np.ndarray:
     """Sums (K, d) of a model's vectors over each attribute's words.
 
-    A word is looked up as it is written, then in lower case; a word without a vector is left out.
-    Raises UserError if no word of an attribute has one.
+    A word is looked up in the ways of `readings`. One without a vector is left out, and an
+    attribute of which no word is known gets a row of zeros. What is not read as it is written is
+    printed. Raises UserError if the model knows no word of any attribute.
     """
     words = [attribute_words(name) for name in names]
-    distinct = {word for row in words for word in row}
-    wanted = distinct | {word.lower() for word in distinct}
+    distinct = sorted({word for row in words for word in row})
+    wanted = {piece for word in distinct for reading in readings(word) for piece in reading}
     found = dict(read_model(path, wanted))
 
-    known = {word: found.get(word, found.get(word.lower())) for word in distinct}
-    missing = sorted(word for word, vector in known.items() if vector is None)
+    known = read_words(distinct, found, path)
+    rows = [[vector for word in row for vector in known[word]] for row in words]
+    unknown = [name for name, row in zip(names, rows, strict=True) if not row]
+    if len(unknown) == len(names):
+        raise UserError(f"{path} knows no word of {len(names)} attributes, the first is {names[0]}")
+    if unknown:
+        print(
+            f"WARNING: {path} knows no word of {len(unknown)} of {len(names)} attributes: "
+            f"{', '.join(unknown)}. Their vectors are zero; a larger model may know them (--w2v)"
+        )
+
+    zero = np.zeros_like(next(row[0] for row in rows if row))
+    sums = [np.sum(row or [zero], axis=0, dtype=np.float64) for row in rows]
+    return check_table(np.stack(sums), path)
+
+
+def read_words(
+    words: list[str], found: dict[str, np.ndarray], path: Path
+) -> dict[str, list[np.ndarray]]:
+    """The vectors that stand for each word: one, or those of its parts, or none.
+
+    found: the model's vectors, in its order. Prints a line for each word that is missing or read
+    as others.
+    """
+    rank = {word: place for place, word in enumerate(found)}
+    known, missing = {}, []
+    for word in words:
+        reading = best_reading(word, rank)
+        known[word] = [found[piece] for piece in reading]
+        if not reading:
+            missing.append(word)
+        elif reading not in ((word,), (word.lower(),)):
+            print(f"{path}: no vector for {word}, read as {' + '.join(reading)}")
+
     if missing:
         print(f"{path}: no vector for {', '.join(missing)}; left out of the sums")
+    return known
 
-    rows = [[known[word] for word in row if known[word] is not None] for row in words]
-    empty = [name for name, row in zip(names, rows, strict=True) if not row]
-    if empty:
-        raise UserError(f"{path} knows no word of {len(empty)} attributes, the first is {empty[0]}")
-    sums = [np.sum(row, axis=0, dtype=np.float64) for row in rows]
-    return check_table(np.stack(sums), path)
+
+def best_reading(word: str, rank: dict[str, int]) -> tuple[str, ...]:
+    """The pieces that stand for a word in a model; none if it knows no reading of the word.
+
+    rank: the places of the words that the model knows; models begin with their commonest words.
+    A word itself, or what is known to replace it, comes before a division in two. Of the divisions,
+    that with the commoner words is taken: toughskin is tough + skin, not toughs + kin.
+    """
+    whole = (reading for reading in spellings(word) if all(piece in rank for piece in reading))
+    reading = next(whole, None)
+    if reading:
+        return reading
+
+    pairs = [pair for pair in divisions(word) if all(piece in rank for piece in pair)]
+    pairs.sort(key=lambda pair: max(rank[piece] for piece in pair))
+    joined = ((piece,) for piece in joinings(word) if piece in rank)
+    return pairs[0] if pairs else next(joined, ())
+
+
+def readings(word: str) -> list[tuple[str, ...]]:
+    """Everything that is looked up for a word."""
+    return [*spellings(word), *divisions(word), *((piece,) for piece in joinings(word))]
+
+
+def spellings(word: str) -> list[tuple[str, ...]]:
+    """A word as it is written, in lower case and capitalised, and what is known to replace it."""
+    lower = word.lower()
+    written = [(word,), (lower,), (lower.capitalize(),)]
+    replaced = REPLACED_WHERE_MISSING.get(lower)
+    return [*written, tuple(replaced.split())] if replaced else written
+
+
+def divisions(word: str) -> list[tuple[str, str]]:
+    """The ways to divide a word in two, in lower case.
+
+    Two letters are no part: models know nearly every pair of letters.
+    """
+    lower = word.lower()
+    return [(lower[:at], lower[at:]) for at in range(3, len(lower) - 2)]
+
+
+def joinings(word: str) -> list[str]:
+    """A word with a hyphen or an underscore inside, as some models write a compound."""
+    pairs = [*divisions(word), *((a.capitalize(), b.capitalize()) for a, b in divisions(word))]
+    return [sign.join(pair) for sign in "-_" for pair in pairs]
 
 
 def read_model(path: Path, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
@@ -192,7 +279,7 @@ def vector_text(path: Path, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]
     Raises UserError for a line with too few numbers.
     """
     length = None
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding=text_encoding(path), errors="replace") as file:
         lines = tqdm(file, "word vectors", disable=None, unit="word", leave=False)
         for number, line in enumerate(lines, start=1):
             fields = line.rstrip().split(" ")
