@@ -37,10 +37,11 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
     Raises UserError for a file that is no image, a damaged one, one of more megapixels, and one
     whose brightness is not known.
     """
-    Image.MAX_IMAGE_PIXELS = megapixels * 1_000_000  # what Pillow itself looks at
+    pixels = megapixels * 1_000_000
+    Image.MAX_IMAGE_PIXELS = pixels  # what Pillow itself looks at
     try:
         with Image.open(path, formats=FORMATS) as image:
-            check_size(image, Image.MAX_IMAGE_PIXELS)
+            check_size(image, pixels)
             return transform(to_rgb(image))
     except Image.DecompressionBombError as error:
         raise UserError(
@@ -52,8 +53,9 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
     except MemoryError:
         raise UserError(f"{path} needs more memory than is free: stop other programs") from None
     except Exception as error:  # PIL raises many kinds over a damaged file
-        is_the_systems = isinstance(error, OSError) and error.errno is not None
-        advice = "may you read it?" if is_the_systems else "put a JPEG or PNG there that opens"
+        advice = "put a JPEG or PNG there that opens"
+        if isinstance(error, OSError) and error.errno is not None:  # the system's
+            advice = "is it there, and may you read it?"
         raise UserError(f"{path} is not a readable image ({error}): {advice}") from None
 
 
