@@ -184,7 +184,7 @@ def test_a_png_whose_text_is_a_bomb_is_refused(tmp_path):
         read_image(tmp_path / "a.png", pixels)
 
 
-def test_advice_is_not_to_restore_a_whole_file(tmp_path):
+def test_advice_about_a_whole_file_of_another_kind(tmp_path):
     whole = io.BytesIO()
     Image.fromarray(GREY).save(whole, "JPEG2000")
     (tmp_path / "a.jpg").write_bytes(whole.getvalue())
