@@ -7,6 +7,8 @@ motivation pictures are sketches: their points are drawn at random and measure n
 """
 
 import numpy as np
+from matplotlib import style
+
 from drawing import (
     BLUE,
     CRIMSON,
@@ -19,7 +21,6 @@ from drawing import (
     bird,
     feature_grids,
 )
-from matplotlib import style
 
 # ---------------------------------------------------------------- the method
 

@@ -49,7 +49,7 @@ def attribute_vectors(
         vectors, source = gaussian_vectors(names), "gaussian"
         print(
             f"no word vectors in {data_root / 'w2v'}: using one deterministic Gaussian vector "
-            "a word, summed. The paper's numbers need word2vec's; see the README"
+            "a word, summed. The paper's numbers need word2vec's; see docs/data.md"
         )
     else:
         raise UserError(

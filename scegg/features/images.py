@@ -43,6 +43,7 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
         with Image.open(path, formats=FORMATS) as image:
             check_size(image, pixels)
             return transform(to_rgb(image))
+
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{path} may be a decompression bomb ({error}): if it is a photograph, "
@@ -52,6 +53,7 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
         raise UserError(f"{path}: {error}") from None
     except MemoryError:
         raise UserError(f"{path} needs more memory than is free: stop other programs") from None
+
     except Exception as error:  # PIL raises many kinds over a damaged file
         advice = "put a JPEG or PNG there that opens"
         if isinstance(error, OSError) and error.errno is not None:  # the system's
