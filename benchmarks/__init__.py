@@ -1,7 +1,7 @@
 """How fast every stage is: `python -m benchmarks`, see __main__.py for its flags.
 
 machine         time and memory of a call, and what this machine can do at most
-flop            the arithmetic that a stage cannot do without
+flop            the arithmetic and the traffic that a stage cannot do without
 stages          Stage, and the tensors and networks that the stages work on
 training        stages: SCEN, distillation, EGGN
 evaluation      stage: the softmax classifiers

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.flop import evaluation_flop
+from benchmarks.flop import evaluation_cost
 from benchmarks.stages import Stage, Workbench, draw_labels
 from scegg.method import plain
 from scegg.method.embeddings import Embedding
@@ -21,16 +21,14 @@ def evaluation_stage(bench: Workbench, against_plain: bool) -> Stage:
     }
     inputs = (bench.eggn, splits, bench.unseen, config)
 
-    # three passes an epoch over what a classifier learns; both learn the synthetic features
-    learnt = s.trainval + 2 * len(bench.unseen) * config.syn_num
-    moved = config.classifier_epochs * learnt * (s.D + s.K + config.ngh) * 12.0
+    cost = evaluation_cost(s, config)
     return Stage(
         "evaluation, both classifiers",
         partial(evaluate, *inputs),
         "epoch",
         config.classifier_epochs,
-        evaluation_flop(s, config),
-        moved,
+        cost.flop,
+        cost.bytes,
         partial(plain.evaluate, *inputs) if against_plain else None,
     )
 

@@ -60,6 +60,16 @@ class Workbench:
         self.noise = torch.randn(s.B, s.K, device=device)
         self.unseen_y = draw_labels(self.unseen, s.B)
 
+    def critic_draws(self) -> tuple:
+        """What an iteration's critic steps take."""
+        T = self.T
+        return self.x[:T], self.y[:T], self.eps[:T], self.alpha
+
+    def generator_draws(self) -> tuple:
+        """What its generator step takes."""
+        T = self.T
+        return self.x[T], self.y[T], self.eps[T], self.unseen_y, self.noise
+
     def make_networks(self):
         """SCEN with its scaler, the global classifiers, EGGN, and their optimisers."""
         s, config, device = self.s, self.config, self.device

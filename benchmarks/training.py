@@ -4,10 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.flop import (
-    critic_flop,
+    RMSPROP_BYTES,
+    critic_cost,
     distillation_flop,
     embedding_flop,
-    generator_flop,
+    generator_cost,
+    iteration_cost,
     scen_flop,
 )
 from benchmarks.stages import Stage, Workbench
@@ -16,13 +18,9 @@ from scegg.method.scen import scen_step
 from scegg.method.steps import classifier_step
 from scegg.speed.cuda_graphs import WARM_UP, graphed
 
-# Bytes that an optimiser moves for each weight of four bytes. Adam reads the weight, its gradient
-# and two moments, and writes all but the gradient. RMSprop's weight decay adds a pass.
-ADAM_BYTES = 28.0
-RMSPROP_BYTES = 36.0
-
 # The transcription encodes images again in every step. Both ways count: without and with that.
 CACHED, ENCODED = "cached features", "re-encoding counted"
+WITH_FEEDBACK = f"EGGN iteration with feedback, {CACHED}"
 
 
 def training_stages(bench: Workbench, against_plain: bool) -> list[Stage]:
@@ -72,30 +70,39 @@ def distillation_stage(bench: Workbench) -> Stage:
 
 
 def eggn_stages(bench: Workbench) -> list[Stage]:
-    """The critic steps of an iteration, its generator step, and the iteration; each twice."""
+    """The critic steps of an iteration, its generator step, and the iteration; each twice.
+
+    Where the config trains feedback, the iteration of the second pass as well.
+    """
     s, config, eggn, T = bench.s, bench.config, bench.eggn, bench.T
-    critic_draws = (bench.x[:T], bench.y[:T], bench.eps[:T], bench.alpha)
-    generator_draws = (bench.x[T], bench.y[T], bench.eps[T], bench.unseen_y, bench.noise)
-    critic_steps = partial(eggn.critic_steps, *critic_draws, False)
-    generator_step = partial(eggn.generator_step, *generator_draws, False)
-    iterate = partial(eggn.iterate, feedback=False)
-    optimizers = eggn.optimizers.values()
-    iteration = as_trained(iterate, eggn, optimizers, *critic_draws, *generator_draws)
+    critic_steps = partial(eggn.critic_steps, *bench.critic_draws(), False)
+    generator_step = partial(eggn.generator_step, *bench.generator_draws(), False)
 
-    critic_bytes = T * ADAM_BYTES * s.D * (config.ndh + config.ngh)
-    generator_bytes = ADAM_BYTES * s.D * 3 * config.ngh
-    critic = (T, T * critic_flop(s, config), critic_bytes)
-    generator = (1, generator_flop(s, config), generator_bytes)
-    both = (1, critic[1] + generator[1], critic_bytes + generator_bytes)
+    critic = T * critic_cost(s, config)
+    generator = generator_cost(s, config)
+    both = iteration_cost(s, config)
+    timed = [
+        ("critic steps", critic_steps, T, critic),
+        ("generator step", generator_step, 1, generator),
+        ("EGGN iteration", iteration(bench, feedback=False), 1, both),
+    ]
+    stages = [
+        Stage(f"{name}, {how}", run, "step", steps, cost.flop, cost.bytes)
+        for name, run, steps, cost in timed
+        for how in (CACHED, ENCODED)
+    ]
 
-    stages = []
-    for how in (CACHED, ENCODED):
-        stages += [Stage(f"critic steps, {how}", critic_steps, "step", *critic)]
-    for how in (CACHED, ENCODED):
-        stages += [Stage(f"generator step, {how}", generator_step, "step", *generator)]
-    for how in (CACHED, ENCODED):
-        stages += [Stage(f"EGGN iteration, {how}", iteration, "step", *both)]
+    if config.a1 > 0:
+        run, cost = iteration(bench, feedback=True), iteration_cost(s, config, feedback=True)
+        stages.append(Stage(WITH_FEEDBACK, run, "step", 1, cost.flop, cost.bytes))
     return stages
+
+
+def iteration(bench: Workbench, feedback: bool) -> Callable:
+    """A call of an EGGN iteration."""
+    eggn, draws = bench.eggn, (*bench.critic_draws(), *bench.generator_draws())
+    iterate = partial(eggn.iterate, feedback=feedback)
+    return as_trained(iterate, eggn, eggn.optimizers.values(), *draws)
 
 
 def as_trained(step: Callable, network, optimizers, *inputs) -> Callable:
@@ -127,6 +134,7 @@ class PlainTraining:
             calls[f"critic steps, {how}"] = partial(self.critic_steps, encode)
             calls[f"generator step, {how}"] = partial(self.generator_step, encode)
             calls[f"EGGN iteration, {how}"] = partial(self.iteration, encode)
+        calls[WITH_FEEDBACK] = self.iteration_with_feedback
         return calls
 
     def scen_step(self):
@@ -159,10 +167,16 @@ class PlainTraining:
     def generator_step(self, encode: bool):
         """The generator step of an iteration."""
         bench, T = self.bench, self.bench.T
-        draws = (bench.y[T], bench.eps[T], bench.unseen_y, bench.noise)
+        _, *draws = bench.generator_draws()
         plain.generator_step(self.eggn, self.features(T, encode), *draws, False)
 
     def iteration(self, encode: bool):
         """An iteration without feedback."""
         self.critic_steps(encode)
         self.generator_step(encode)
+
+    def iteration_with_feedback(self):
+        """An iteration of the second pass."""
+        bench = self.bench
+        draws = (bench.alpha, bench.unseen_y, bench.noise)
+        plain.iteration(self.eggn, bench.x, bench.y, bench.eps, *draws, True)
