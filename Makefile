@@ -6,6 +6,7 @@
 # make toy          render TOY below data/
 # make doctor       check the installation and the data, and say what to run next
 # make benchmark    time every stage [FLAGS="--size SUN --against plain"]
+# make gpu          measure all that a GPU has to show, in 8 minutes [FLAGS="--parts cub,sun"]
 # make seeds        train with N seeds, then print the table [DATASET=CUB N=5 FLAGS=...]
 # make ablations    train every file of wandb_config/ablations with N seeds, then print the table
 # make clean        remove the virtual environment and the tools' caches
@@ -24,7 +25,7 @@ TRAIN = $(BIN)/python train_joint.py --dataset $(DATASET)
 LOWER = $(shell echo $(DATASET) | tr A-Z a-z)
 CONFIG = wandb_config/$(if $(filter TOY,$(DATASET)),toy,$(LOWER)_gzsl).yaml
 
-.PHONY: demo test test-long lint format toy doctor benchmark seeds ablations clean
+.PHONY: demo test test-long lint format toy doctor benchmark gpu seeds ablations clean
 .DELETE_ON_ERROR:
 
 demo: toy
@@ -53,6 +54,9 @@ doctor: $(VENV)/installed
 
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks $(FLAGS)
+
+gpu: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.gpu $(FLAGS)
 
 seeds: $(VENV)/installed
 	for seed in $$(seq 1 $(N)); do \

@@ -10,4 +10,5 @@ table           measure the stages and print them
 preprocessing   images a second of preprocessing.py
 whole_runs      whole training runs, in a process of their own
 plain_run       a whole run of scegg/method/plain.py
+gpu             all that a GPU has to show, by one command
 """

@@ -1,5 +1,6 @@
 """Images a second of preprocessing.py, beside its backbone alone."""
 
+import dataclasses
 import itertools
 from argparse import Namespace
 from functools import partial
@@ -24,21 +25,26 @@ def preprocessing_run(options, device: torch.device, folder: Path) -> dict:
     The backbone is timed on decoded images, as preprocessing.py runs it (`bare`: batch
     normalisation and padding folded) and as its package gives it (`packaged`). Returns the record.
     """
-    bench = PreprocessingBench(options, device, folder)
+    tails = read_dataset(options.preprocess, "CUB")[2][:IMAGES]
+    photographs = [options.preprocess / "CUB" / tail for tail in tails]
+    choice = BackboneChoice(options.backbone, options.weights)
+    bench = PreprocessingBench(photographs, choice, device, folder)
+    packaged, weights = choice.make(device, bench.at_once, folded=False)
+
     calls = {
-        "packaged_backbone": partial(bench.forward, bench.packaged),
+        "packaged_backbone": partial(bench.forward, packaged),
         "bare_backbone": partial(bench.forward, bench.bare),
         "decoding_in_one_process": bench.decode,
         "uncompressed": partial(bench.whole, None),
         "gzip": partial(bench.whole, "gzip"),
     }
     seconds = Timer(device).medians(list(calls.values()), 3, at_most=300)
-    speeds = {name: IMAGES / s for name, s in zip(calls, seconds, strict=True)}
+    speeds = {name: len(photographs) / s for name, s in zip(calls, seconds, strict=True)}
 
     record = {
         "stage": "preprocessing, images/s",
         "backbone": options.backbone,
-        "weights": bench.provenance["weights"],
+        "weights": weights,
     }
     record |= speeds
     for name in ("uncompressed", "gzip"):
@@ -47,33 +53,43 @@ def preprocessing_run(options, device: torch.device, folder: Path) -> dict:
     return record
 
 
-class PreprocessingBench:
-    """The photographs, decoded images, and the backbone in both forms."""
+@dataclasses.dataclass(frozen=True)
+class BackboneChoice:
+    """A network by its name, with the weights of a local state dict or the pretrained ones."""
 
-    def __init__(self, options, device: torch.device, folder: Path):
+    name: str
+    weights: Path | None
+    img_size: int = 448
+    precision: torch.dtype = torch.float32
+
+    def make(self, device: torch.device, at_once: int, folded: bool) -> tuple[Backbone, str]:
+        """The backbone, its normalisations folded or not, and where its weights are from."""
+        network, provenance = build_backbone(self.name, self.weights, self.img_size)
+        if folded:
+            network = fold(network)
+        pixels = PixelNormalization(self.name)
+        backbone = Backbone(pixels, network, device, self.precision, at_once)
+        return backbone, provenance["weights"]
+
+
+class PreprocessingBench:
+    """Photographs, decoded images, and the backbone as preprocessing.py runs it."""
+
+    def __init__(
+        self, photographs: list[Path], choice: BackboneChoice, device: torch.device, folder: Path
+    ):
         self.folder = folder
         self.at_once = images_at_once(device)
         self.loading = Namespace(batch_size=self.at_once, num_workers=default_workers(device))
         self.numbers = itertools.count()
+        self.bare, _ = choice.make(device, self.at_once, folded=True)
 
-        self.packaged = self.make_backbone(options, device, folded=False)
-        self.bare = self.make_backbone(options, device, folded=True)
-
-        tails = read_dataset(options.preprocess, "CUB")[2][:IMAGES]
-        paths = [options.preprocess / "CUB" / tail for tail in tails]
-        self.photographs = Images(paths, image_transform(448), self.loading.num_workers)
-        self.decoded = [self.load(piece) for piece in torch.arange(IMAGES).split(self.at_once)]
+        transform = image_transform(choice.img_size)
+        self.photographs = Images(photographs, transform, self.loading.num_workers)
+        self.indices = torch.arange(len(photographs))
+        self.decoded = [self.load(piece) for piece in self.indices.split(self.at_once)]
         if device.type == "cuda":  # as the loader hands them over
             self.decoded = [batch.pin_memory() for batch in self.decoded]
-
-    def make_backbone(self, options, device: torch.device, folded: bool) -> Backbone:
-        """The backbone that the options ask for."""
-        network, self.provenance = build_backbone(options.backbone, options.weights, 448)
-        if folded:
-            network = fold(network)
-        return Backbone(
-            PixelNormalization(options.backbone), network, device, torch.float32, self.at_once
-        )
 
     def load(self, indices: torch.Tensor) -> torch.Tensor:
         """A batch of decoded images."""
@@ -88,7 +104,7 @@ class PreprocessingBench:
 
     def decode(self):
         """Decode all photographs in this process."""
-        for piece in torch.arange(IMAGES).split(self.at_once * DECODED_AT_ONCE):
+        for piece in self.indices.split(self.at_once * DECODED_AT_ONCE):
             self.load(piece)
 
     def whole(self, compression: str | None):

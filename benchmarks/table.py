@@ -86,14 +86,19 @@ def all_stages(
 
 
 def measure(
-    stages: list[Stage], device: torch.device, timer: Timer, repeats: int, ceilings: Ceilings
+    stages: list[Stage],
+    device: torch.device,
+    timer: Timer,
+    repeats: int,
+    ceilings: Ceilings,
+    at_most: float = 30,
 ) -> Iterator[dict]:
-    """Yield a record for each stage."""
+    """Yield a record for each stage. at_most: seconds that its repeats may take."""
     for stage in stages:
         calls = [as_in_training(stage.run, device)]
         if stage.plain:
             calls.append(stage.plain)
-        ours, *plain = timer.medians(calls, repeats)
+        ours, *plain = timer.medians(calls, repeats, at_most)
 
         at_least = max(stage.flop / ceilings.matmul, stage.bytes / ceilings.copy)
         record = {
