@@ -123,7 +123,8 @@ class Rehearsal:
         self.device = features.device
         self.runs = 0
         # it takes most of a small rehearsal's time: there only once
-        self.profiles = not job.small or dataset == "CUB"
+        is_first = dataset == "CUB" and config.matmul_precision == "highest"
+        self.profiles = is_first or not job.small
         keep_freed_memory()
         seed_everything(config.seed)
         torch.set_float32_matmul_precision(config.matmul_precision)

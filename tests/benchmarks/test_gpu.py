@@ -303,6 +303,14 @@ def test_parts_that_are_not_redone_stay(tmp_path):
     assert "failed: it fell \\| over" in record.page_path.read_text()
 
 
+def test_every_part_is_documented_with_its_limit():
+    text = (ROOT / "docs" / "gpu.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    for part in PARTS:
+        (row,) = [line for line in lines if f"`{part.name}`" in line.partition(" | ")[0]]
+        assert f"{part.seconds} s" in row
+
+
 def test_the_documented_floor_is_the_computed_one():
     text = (ROOT / "docs" / "gpu.md").read_text()
     cost = run_cost(SIZES["CUB"], read_config(default_config("CUB"), {}))
