@@ -7,19 +7,33 @@ import argparse
 import contextlib
 import errno
 import faulthandler
-import fcntl
 import hashlib
+import importlib
 import os
 import random
 import re
-import resource
 import shutil
 import signal
+import stat
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+
+
+def module_if_there(name: str):
+    """A module of Python's library, None on systems that lack it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+fcntl, resource = module_if_there("fcntl"), module_if_there("resource")  # not on Windows
+msvcrt = module_if_there("msvcrt")  # only there
 
 # ---- errors for people
 
@@ -66,6 +80,79 @@ def without_none(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}
 
 
+# ---- what a disk's errors mean
+
+
+def codes(*names: str) -> set[int]:
+    """The errno of these names; not every system has all of them."""
+    return {getattr(errno, name) for name in names if hasattr(errno, name)}
+
+
+REMEDIES = {
+    "free some disk space": codes("ENOSPC", "EDQUOT", "EFBIG"),
+    "close the program that holds it open": codes("EBUSY", "ETXTBSY", "EAGAIN"),
+    "get the right to use it": codes("EACCES", "EPERM"),
+    "let its disk be written to": codes("EROFS"),
+    "see whether its disk or mount is still there": codes(
+        "EIO", "ESTALE", "ENOTCONN", "ENXIO", "ENODEV", "EREMOTEIO", "ESHUTDOWN",
+        "ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
+        "ETIMEDOUT",
+    ),
+}  # fmt: skip
+
+
+def remedy(error: OSError) -> str:
+    """What helps against an error of the disk."""
+    # a folder that took a new file refuses the old one's name: on Windows and over the net,
+    # somebody has the old file open
+    refused_name = error.filename2 is not None and error.errno in codes("EACCES", "EPERM")
+    number = errno.EBUSY if refused_name else error.errno
+
+    for words, numbers in REMEDIES.items():
+        if number in numbers:
+            return words
+    return "see what is the matter with its disk"
+
+
+def is_of_disk(error: Exception) -> bool:
+    """Whether an error is the system's, and says nothing of the bytes of a file."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What a user is told of a file that the disk would not give; its bytes may be well."""
+    reason = error.strerror or error
+    return UserError(f"{path} could not be read ({reason}): {remedy(error)}, and run again")
+
+
+def unwritable(path: Path, error: OSError, then: str = " or name another place") -> UserError:
+    """What a user is told of a file that the disk would not take; then: behind the remedy."""
+    reason = error.strerror or error
+    return UserError(f"{path} could not be written ({reason}): {remedy(error)}{then}")
+
+
+def is_missing(path: Path) -> bool:
+    """Whether no file lies there. Raises OSError where the disk does not tell."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+
+
+@contextlib.contextmanager
+def unchanged(path: Path):
+    """Read the file in a block. Raises UserError if it was written or replaced meanwhile."""
+    before = stamp(path.stat())
+    yield
+    if stamp(path.stat()) != before:
+        raise UserError(f"{path} was changed while it was read: run again")
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file, which change when it is written to."""
+    return status.st_size, status.st_mtime_ns
+
+
 # ---- files
 
 
@@ -80,11 +167,11 @@ def make_folder(folder: Path):
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, advice: str = "free some disk space or name another place"):
+def atomic_path(path: Path, then: str = " or name another place"):
     """Yield a temporary path beside `path`; on success it takes that name, else it is removed.
 
     Whoever looks at `path` sees the old file or the whole new one, never a part.
-    Raises UserError, with the advice, when the folder cannot be written or the disk is full.
+    Raises UserError when the disk does not take the file: what helps, and `then` behind it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
@@ -94,21 +181,23 @@ def atomic_path(path: Path, advice: str = "free some disk space or name another 
         yield temporary
         make_durable(temporary)
         os.replace(temporary, path)
-        make_durable(path.parent)
     except OSError as error:
-        ours = (temporary, path, path.parent)
-        if error.filename is not None and Path(error.filename) not in ours:
+        if error.filename is not None and Path(error.filename) not in (temporary, path):
             raise
-        reason = error.strerror or error
-        raise UserError(f"{path} could not be written ({reason}): {advice}") from error
+        raise unwritable(path, error, then) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
+    # the file is there, and whole; not every system and mount can do this for a folder
+    with contextlib.suppress(OSError):
+        make_durable(path.parent)
+
 
 def make_durable(path: Path):
     """Wait until what is written of a file, or a rename inside a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows makes safe only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -126,7 +215,8 @@ def remove_partials(folder: Path, name: str | None = None):
     for file in folder.iterdir():
         final, found, _ = file.name.rpartition(".partial-")
         if found and final.startswith(".") and name in (None, final[1:]):
-            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody may hold it open; it harms nobody
+                file.unlink()
 
 
 def require_space(folder: Path, needed: float, what: str):
@@ -138,6 +228,22 @@ def require_space(folder: Path, needed: float, what: str):
             f"{what} will take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are "
             "free: free some disk space or name another place"
         )
+
+
+def require_file_size(folder: Path, size: float, what: str):
+    """Raises UserError if the disk of `folder` has no files of `size` bytes, as FAT's of 4 GB."""
+    if size < 2**32:  # a disk without sparse files would have to write all of it
+        return
+
+    make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(int(size))
+    except OSError as error:
+        raise UserError(
+            f"{what} will take {size / 1e9:.2f} GB, and the disk of {folder} takes no file of that "
+            f"size ({error.strerror}): name another place"
+        ) from None
 
 
 def write_text(path: Path, text: str):
@@ -157,6 +263,20 @@ def save_tensors(path: Path, state: dict):
             raise cause if isinstance(cause, OSError) else error from None
 
 
+def load_tensors(path: Path):
+    """torch.load of tensors, numbers and texts; no code runs.
+
+    Raises UserError where the disk fails, and whatever torch raises over damaged bytes.
+    """
+    try:
+        with open(path, "rb") as file:  # so that the disk's errors stay what they are
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
+        raise
+
+
 # ---- locks and child processes
 
 HELD = set()  # the open lock files of this process
@@ -171,7 +291,8 @@ def close_held_locks():
         file.close()
 
 
-os.register_at_fork(after_in_child=close_held_locks)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=close_held_locks)
 
 
 @contextlib.contextmanager
@@ -179,7 +300,8 @@ def locked(path: Path, doing: str, wait: bool = False):
     """Hold the lock file `path` for a block; the holder removes it.
 
     Whoever else wants it waits, or gets a UserError that says what is being done (`doing`). The
-    lock is the system's (flock): it ends with its process, however that dies.
+    lock is the system's: it ends with its process, however that dies. On a disk without locks it
+    says so in a line, and holds nothing.
     """
     make_folder(path.parent)
     file = take_lock(path, doing, wait)
@@ -188,38 +310,71 @@ def locked(path: Path, doing: str, wait: bool = False):
         yield
     finally:
         HELD.discard(file)
+        if fcntl is None:  # Windows removes no open file, nor one that the next holder has open
+            file.close()
         with contextlib.suppress(OSError):
-            path.unlink()  # before it is let go: nobody else can hold it
+            path.unlink()  # elsewhere, before it is let go: nobody else can hold it
         file.close()
 
 
 def take_lock(path: Path, doing: str, wait: bool):
     """The open file of a lock that is ours. Raises UserError as `locked` does."""
+    is_told = False
     while True:
         file = open_lock(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                file.close()
-                raise UserError(
-                    f"another process is {doing} (it holds {path}): wait for it, or stop it"
-                ) from None
-            print(f"another process is {doing}: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
+            is_ours = lock_at_once(file)
+        except OSError as error:  # which errno, differs from mount to mount
             print(
-                f"the disk of {path.parent} has no locks: "
-                "let no other process work on the same file"
+                f"the disk of {path.parent} has no locks ({error.strerror}): "
+                "let no other process work on the same file",
+                flush=True,
             )
             return file
 
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # its holder was done and removed it: take a new one
+        if is_ours and is_still_at(file, path):
+            return file
+        file.close()
+        if is_ours:  # its holder was done and removed it: take a new one
+            continue
+
+        if not wait:
+            raise UserError(
+                f"another process is {doing} (it holds {path}): wait for it, or stop it"
+            )
+        if not is_told:
+            print(f"another process is {doing}: waiting for it", flush=True)
+        is_told = True
+        time.sleep(0.1)
+
+
+def lock_at_once(file) -> bool:
+    """Lock an open file; False if another process has it.
+
+    Raises OSError where the system or the disk has no locks.
+    """
+    if fcntl is None and msvcrt is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        busy = codes("EWOULDBLOCK", "EAGAIN") if fcntl is not None else codes("EACCES", "EDEADLK")
+        if error.errno not in busy:
+            raise
+        return False
+    return True
+
+
+def is_still_at(file, path: Path) -> bool:
+    """Whether an open file is the one that lies at `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return False
 
 
 def open_lock(path: Path):
@@ -227,9 +382,7 @@ def open_lock(path: Path):
     try:
         return open(path, "a", encoding="utf-8")  # noqa: SIM115, the lock is held by it
     except OSError as error:
-        raise UserError(
-            f"{path} could not be made ({error.strerror}): name another place"
-        ) from None
+        raise unwritable(path, error) from None
 
 
 def survives(action, seconds: int) -> bool:
@@ -237,6 +390,17 @@ def survives(action, seconds: int) -> bool:
 
     It is tried in a forked process. What it raises there does not matter.
     """
+    return fatal_signal(action, seconds) == 0
+
+
+def fatal_signal(action, seconds: int) -> int:
+    """The signal that killed the forked process in which `action()` was tried; 0 if none did.
+
+    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried.
+    """
+    if not hasattr(os, "fork"):
+        return 0
+
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
@@ -249,7 +413,7 @@ def survives(action, seconds: int) -> bool:
             action()
         os._exit(0)
 
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0
+    return max(0, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 # ---- seeds and devices
@@ -303,9 +467,14 @@ def require_cuda(device: torch.device):
 
 
 def peak_memory_gb(device: torch.device) -> dict[str, float]:
-    """Peak resident memory of this process and, on CUDA, of its tensors, in GB (10^9 bytes)."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    """Peak resident memory of this process and, on CUDA, of its tensors, in GB (10^9 bytes).
+
+    Windows does not tell the first.
+    """
+    peak = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["peak_ram_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     if device.type == "cuda":
         peak["peak_gpu_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return peak

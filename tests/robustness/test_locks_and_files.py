@@ -40,15 +40,25 @@ def test_a_lock_is_free_again_once_its_holder_is_killed(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.ESTALE, errno.EDQUOT])
-def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch, code):
+@pytest.mark.parametrize(
+    "code, remedy",
+    [
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EDQUOT, "free some disk space"),
+        (errno.EROFS, "let its disk be written to"),
+        (errno.EIO, "see whether its disk or mount is still there"),
+        (errno.ESTALE, "see whether its disk or mount is still there"),
+        (errno.EINVAL, "see what is the matter with its disk"),
+    ],
+)
+def test_a_disk_that_fails_leaves_the_old_file(tmp_path, monkeypatch, code, remedy):
     (tmp_path / "f").write_text("old")
 
     def fail(descriptor):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(util.os, "fsync", fail)
-    message = f"f could not be written \\({os.strerror(code)}\\): free some disk space"
+    message = f"f could not be written \\({os.strerror(code)}\\): {remedy} or name another place"
     with pytest.raises(UserError, match=message), atomic_path(tmp_path / "f") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "f").read_text() == "old"
