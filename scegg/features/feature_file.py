@@ -54,19 +54,6 @@ FILTERS = {
     "lzf": {"compression": "lzf"},
 }
 
-# what h5py and ISA-L raise over damaged bytes
-DAMAGE = (
-    OSError,
-    KeyError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    MemoryError,
-    AttributeError,
-    IndexError,
-    isal_zlib.error,
-)
-
 
 def feature_file(dataset: str, backbone: str) -> Path:
     """Where preprocessing puts a feature file, and training looks for it.
@@ -200,7 +187,7 @@ def unpack_map(chunk: bytes, shape: tuple[int, int, int], image: int) -> np.ndar
 def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
     """Read the rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32.
 
-    Raises one of DAMAGE over damaged bytes.
+    Raises one of `disk.DAMAGE` over damaged bytes.
     """
     if gzip_chunks(dataset):
         read_gzip_chunks(dataset, indices, maps)

@@ -8,68 +8,44 @@ into one feature file; their compressed chunks are copied as they are.
 import contextlib
 import glob
 import hashlib
-import io
 import json
 import math
 import os
+import secrets
 import shutil
+import socket
+import time
+import zlib
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import FILTERS, GZIP_SHARE, MAPS, create_maps, pack_map
-from util import UserError, atomic_path, remove_partials, require_space
+from util import (
+    UserError,
+    atomic_path,
+    make_durable,
+    make_folder,
+    remove_partials,
+    require_file_size,
+    require_space,
+    unreadable,
+    unwritable,
+)
 
 PART = 256  # images
+TAIL = 4096  # bytes of an image in which copies of another picture differ
+SEEN_AFTER = 60  # seconds until every machine sees a new file in a shared folder
 MAPS_VERIFIED = 64  # maps that are read again when all parts are joined
-ADVICE = "free some disk space and run again; the finished parts stay, and it goes on with them"
+THEN = " and run again; the finished parts stay, and it goes on with them"  # behind a remedy
 
 
-# ---------------------------------------------------------------- writing HDF5
-
-
-class PatientFile(io.FileIO):
-    """The file below an HDF5 file that is being written; it keeps the first error for later.
-
-    HDF5 crashes the interpreter when it cannot write while it closes. So this file swallows every
-    write after an error, HDF5 closes in peace, and `new_hdf5` raises the error afterwards.
-    """
-
-    error = None
-
-    def write(self, data):
-        view = memoryview(data).cast("B")
-        try:
-            while len(view) and self.error is None:
-                view = view[super().write(view) :]
-        except OSError as error:
-            self.error = error
-        return len(data)
-
-    def truncate(self, size=None):
-        # it only frees space; and if not, the next write fails as well
-        with contextlib.suppress(OSError):
-            super().truncate(size)
-
-
-@contextlib.contextmanager
-def new_hdf5(path: Path):
-    """Open a new HDF5 file for a block; yield it, and a function that checks it.
-
-    The function raises an OSError if anything could not be written so far; so does the end.
-    """
-    with PatientFile(path, "w+") as disk:
-
-        def check():
-            if disk.error is not None:
-                raise disk.error
-
-        with h5py.File(disk, "w") as file:
-            yield file, check
-        check()
+# ---------------------------------------------------------------- writing maps
 
 
 class MapWriter:
@@ -117,8 +93,10 @@ class Parts:
 
     def __init__(self, output: Path, images: list[Path], compression: str | None, settings: dict):
         self.output = Path(output)
+        self.images = images
         self.count = len(images)
         self.compression = compression
+        self.settings = settings
         key = short_hash([settings, len(images), FILTERS[compression], PART])
         self.folder = self.output.with_name(f"{self.output.name}.parts-{key}")
 
@@ -127,6 +105,87 @@ class Parts:
         for start in self.starts:
             key = short_hash([image_identity(images[row]) for row in self.rows(start)])
             self.paths[start] = self.folder / f"{start:08d}-{key}.hdf5"
+
+    # ---- what the ranks must agree on
+
+    def agree(self, ranks):
+        """Take the parts' names from the first rank of `Ranks`.
+
+        Raises UserError where its settings or images differ from ours.
+        """
+        if ranks.count > 1:
+            self.adopt(ranks.first("parts", self.facts()))
+
+    def require_shared(self, ranks):
+        """Raises UserError unless all ranks see one folder of parts, which the first one makes."""
+        if ranks.count == 1:
+            return
+
+        mark = self.folder / ranks.first("mark", f".shared.partial-{secrets.token_hex(4)}")
+        try:
+            if ranks.rank == 0:
+                make_folder(self.folder)
+                mark.touch()
+            ranks.wait("the mark")
+
+            if not soon(lambda: mark.name in self.names()):
+                raise UserError(
+                    f"{self.folder} is not the first rank's folder of that name: "
+                    "--output must lie in a folder that all ranks share"
+                )
+            ranks.wait("the first image")
+        finally:
+            if ranks.rank == 0:
+                mark.unlink(missing_ok=True)
+
+    def names(self) -> set[str]:
+        """The files in the folder of the parts. Another machine's may come seconds late."""
+        with contextlib.suppress(FileNotFoundError):
+            return set(os.listdir(self.folder))
+        return set()
+
+    def facts(self) -> dict:
+        """What must be equal on every rank (JSON), and the parts' names, which are the first's."""
+        return {
+            "settings": self.settings | {"compression": self.compression, "images": self.count},
+            "copies": [
+                short_hash([copy_identity(self.images[row]) for row in self.rows(start)])
+                for start in self.starts
+            ],
+            "names": [self.paths[start].name for start in self.starts],
+        }
+
+    def adopt(self, facts: dict):
+        """Give the parts the names of another rank, whose images may be copies of ours.
+
+        Raises UserError where its settings or images differ from ours.
+        """
+        ours = self.facts()
+        settings = facts["settings"]
+        differing = [
+            f"{name} is {value} here and {settings.get(name)} there"
+            for name, value in ours["settings"].items()
+            if settings.get(name) != value
+        ]
+        if differing:
+            raise UserError(
+                f"this rank's job is not the first rank's: {'; '.join(differing)}: start all ranks "
+                "with the same flags, libraries and kind of device"
+            )
+
+        for start, here, there in zip(self.starts, ours["copies"], facts["copies"], strict=True):
+            if here != there:
+                rows = self.rows(start)
+                raise UserError(
+                    f"this rank's images {rows[0]} to {rows[-1]} (from {self.images[rows[0]]} on) "
+                    "are not the first rank's: copy them anew"
+                )
+        self.paths = {
+            start: self.folder / name
+            for start, name in zip(self.starts, facts["names"], strict=True)
+        }
+
+    # ---- making them
 
     def rows(self, start: int) -> range:
         """The images of the part that begins at image `start`."""
@@ -143,7 +202,7 @@ class Parts:
         """
         count = len(self.rows(start))
         with (
-            atomic_path(self.paths[start], ADVICE) as temporary,
+            atomic_path(self.paths[start], THEN) as temporary,
             new_hdf5(temporary) as (file, check),
             ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
         ):
@@ -172,6 +231,30 @@ class Parts:
         self.require_room(map_shape)
         self.report_other_folders()
 
+    def try_disk(self):
+        """Have the disk make a tiny part and do all that a real one takes; before the first image.
+
+        That is to make, write and sync a file, to rename it over another one, and to read it.
+        Raises UserError for what it cannot do.
+        """
+        name = f".try.partial-{socket.gethostname()}-{os.getpid()}"  # `remove_partials` knows it
+        made, renamed = self.folder / name, self.folder / f"{name}-renamed"
+        make_folder(self.folder)
+        try:
+            renamed.touch()
+            with new_hdf5(made) as (file, _):
+                create_maps(file, (1, 1, 1, 1), self.compression)[0] = 1
+            make_durable(made)
+            os.replace(made, renamed)
+            with opened(renamed, "cannot be read again", "is its disk sound? Run again") as maps:
+                maps[0]
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        finally:
+            for path in (made, renamed):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
     def require_room(self, map_shape: tuple[int, int, int]):
         """Raises UserError if the parts to come and the output will not fit on the disk."""
         done = [start for start in self.starts if self.paths[start].is_file()]
@@ -182,6 +265,8 @@ class Parts:
             share = 1 if self.compression is None else GZIP_SHARE
             image_bytes = 4 * math.prod(map_shape) * share
 
+        if self.compression is None:
+            require_file_size(self.output.parent, image_bytes * self.count, str(self.output))
         what = f"{self.output} and the parts it is joined from"
         if self.compression and not done:
             what += ", by an estimate of what compression leaves,"
@@ -194,7 +279,9 @@ class Parts:
         for folder in sorted(self.output.parent.glob(pattern)):
             if folder == self.folder:
                 continue
-            size = sum(file.stat().st_size for file in folder.iterdir())
+            size = 0
+            with contextlib.suppress(OSError):  # not ours, or being removed
+                size = sum(file.stat().st_size for file in folder.iterdir())
             print(
                 f"{folder} ({size / 1e9:.2f} GB) was left by a run with other settings or "
                 "versions: give those to go on with it, or delete it"
@@ -210,30 +297,33 @@ class Parts:
 
         Raises UserError if a part is missing or damaged, and if the disk is full.
         """
-        lacking = [start for start in self.starts if not self.paths[start].is_file()]
-        if lacking:
+        wanted = {path.name for path in self.paths.values()}
+        if not soon(lambda: wanted <= self.names()):
             raise UserError(
-                f"{len(lacking)} of {len(self.starts)} parts are not in {self.folder}: "
-                "do all ranks share that folder?"
+                f"{len(wanted - self.names())} of {len(wanted)} parts are no longer in "
+                f"{self.folder}: run again, the others stay"
             )
 
-        with atomic_path(self.output, ADVICE) as temporary:
+        with atomic_path(self.output, THEN) as temporary:
             with new_hdf5(temporary) as (file, check):
                 annotate(file)
                 self.copy_chunks(file, check)
             self.verify(temporary)
-        shutil.rmtree(self.folder)
+
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:  # the output is whole all the same
+            print(f"{self.folder} could not be removed ({error.strerror}): delete it")
 
     def copy_chunks(self, file: h5py.File, check):
         """Copy the chunks of all parts into a new dataset of maps; check() after each part."""
         target = None
         for start in self.starts:
-            with open_part(self.paths[start]) as maps:
+            chunks = chunks_of_part(self.paths[start], len(self.rows(start)))
+            for row, (shape, mask, chunk) in enumerate(chunks, start):
                 if target is None:
-                    target = create_maps(file, (self.count, *maps.shape[1:]), self.compression)
-                for row in self.rows(start):
-                    mask, chunk = maps.id.read_direct_chunk((row - start, 0, 0, 0))
-                    target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
+                    target = create_maps(file, (self.count, *shape), self.compression)
+                target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
             check()
 
     def verify(self, path: Path):
@@ -241,19 +331,13 @@ class Parts:
 
         Raises UserError if not, or if one of these maps is not finite.
         """
-        try:
-            with h5py.File(path) as file:
-                maps = file[MAPS]
-                chunks = maps.id.get_num_chunks()
-                if chunks != self.count:
-                    raise UserError(f"{chunks} of {self.count} maps are in {path}: run again")
+        with opened(path, "cannot be read again", "is its disk sound? Run again") as maps:
+            chunks = maps.id.get_num_chunks()
+            if chunks != self.count:
+                raise UserError(f"{chunks} of {self.count} maps are in {path}: run again")
 
-                for row in sorted(set(map(round, np.linspace(0, self.count - 1, MAPS_VERIFIED)))):
-                    self.verify_map(maps, row, path)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise UserError(
-                f"{path} cannot be read again ({error}): is its disk sound? Run again"
-            ) from None
+            for row in sorted(set(map(round, np.linspace(0, self.count - 1, MAPS_VERIFIED)))):
+                self.verify_map(maps, row, path)
 
     def verify_map(self, maps: h5py.Dataset, row: int, path: Path):
         """Raises UserError unless a map of the joined file is finite and its part's own."""
@@ -268,14 +352,41 @@ class Parts:
             )
 
 
-@contextlib.contextmanager
 def open_part(path: Path):
-    """Yield the maps (n, D, h, w) of a part. Raises UserError for a part that is damaged."""
+    """`opened` for a part."""
+    return opened(path, "is damaged", "delete it and run again")
+
+
+def chunks_of_part(path: Path, count: int) -> Iterator[tuple[tuple[int, int, int], int, bytes]]:
+    """Yield the `count` chunks of a part: the map's shape (D, h, w), filters left out, bytes."""
+    with open_part(path) as maps:
+        for row in range(count):
+            mask, chunk = maps.id.read_direct_chunk((row, 0, 0, 0))
+            yield maps.shape[1:], mask, chunk
+
+
+@contextlib.contextmanager
+def opened(path: Path, problem: str, remedy: str):
+    """Yield the maps (n, D, h, w) of a file of ours. Nothing but reading may be done in the block.
+
+    Raises UserError for a disk that fails, and for damaged bytes: then problem and remedy tell.
+    """
     try:
-        with h5py.File(path) as file:
-            yield file[MAPS]
-    except (OSError, KeyError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it and run again") from None
+        disk = SourceFile(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    with disk, disk.reading(problem, remedy), h5py.File(disk, "r") as file:
+        yield file[MAPS]
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds by now, or in a while: what others write may be seen late."""
+    deadline = time.monotonic() + SEEN_AFTER
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def short_hash(content) -> str:
@@ -288,3 +399,12 @@ def image_identity(path: Path) -> tuple[str, int, int]:
     """Path, size and time of an image: one of them changes when it is replaced."""
     stat = path.stat()
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def copy_identity(path: Path) -> tuple[str, str, int, int]:
+    """What copies of an image share, wherever they lie: folder, name, size, the end's checksum."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TAIL))
+        end = file.read()
+    return path.parent.name, path.name, size, zlib.crc32(end)

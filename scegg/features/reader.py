@@ -5,6 +5,7 @@ Maps are normalised when they are read, so once, and not in every training step.
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import h5py
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor
 
 from scegg.datasets.splits import Split, check_split
+from scegg.features.disk import SourceFile
 from scegg.features.feature_file import (
     ATTRIBUTE_NAMES,
     CLASS_NAMES,
-    DAMAGE,
     IMAGE_FILES,
     MAPS,
     OPTIONAL,
@@ -27,12 +28,13 @@ from scegg.features.feature_file import (
     read_maps,
     read_provenance,
 )
-from util import UserError, survives
+from util import UserError, fatal_signal, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
 # elements of an array that is read in one piece: a few hostile bytes can promise any number
 LARGEST = 1 << 28
 READ_AT_ONCE = 16  # images: their memory while they are normalised adds to the peak
+AGAIN = "run preprocessing.py again"
 
 
 # ---------------------------------------------------------------- normalisation
@@ -65,11 +67,14 @@ def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
 class Features:
     """A checked feature file: everything but the maps, which stay on the disk.
 
-    w2v: (K, d), word vectors of the attributes. shape: (D, h, w) of a map.
-    image_files: (N), None where the file does not say them.
+    It stays open: a new file under its name changes nothing for whoever has read this one.
+    file, disk: as HDF5 and as the system see it. w2v: (K, d), word vectors of the attributes.
+    shape: (D, h, w) of a map. image_files: (N), None where the file does not say them.
     """
 
     path: Path
+    file: h5py.File
+    disk: SourceFile
     split: Split
     w2v: np.ndarray
     shape: tuple[int, int, int]
@@ -86,16 +91,12 @@ class Features:
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
 
-        Raises UserError for damaged data.
+        Raises UserError for damaged data, for a file that was written to since it was opened, and
+        for a disk that fails.
         """
         maps = np.empty((len(indices), *self.shape), np.float32)
-        try:
-            with h5py.File(self.path, "r") as file:
-                read_maps(file[MAPS], indices, maps)
-        except DAMAGE as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}): run preprocessing.py again"
-            ) from None
+        with self.disk.reading("is damaged", AGAIN):
+            read_maps(self.file[MAPS], indices, maps)
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):
@@ -145,36 +146,51 @@ def open_features(
     So it does for features of another backbone, image size or dataset than asked for.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: make it with preprocessing.py, or name it with --features"
-        )
+    try:
+        if is_missing(path):
+            raise UserError(
+                f"{path} is missing: make it with preprocessing.py, or name it with --features"
+            )
+        disk = SourceFile(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
     wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
+    require_survivable(disk, wanted)
+    with disk.reading("is not a complete HDF5 file", AGAIN):
+        return check_features(path, h5py.File(disk, "r"), disk, wanted)
+
+
+def require_survivable(disk: SourceFile, wanted: dict):
+    """Raises UserError if HDF5 crashes over the bytes of a feature file, or does not end.
+
+    wanted: as `check_features` takes it.
+    """
 
     def probe():
         """Let HDF5 read all that it will, the index of the maps among it."""
-        with h5py.File(path, "r") as file:
-            check_features(path, file, wanted)
+        with h5py.File(disk, "r") as file:
+            check_features(disk.path, file, disk, wanted)
             maps = file[MAPS]
             return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
 
-    if not survives(probe, PATIENCE):  # over damaged bytes, HDF5 may crash or never end
+    signum = fatal_signal(probe, PATIENCE)
+    if signum == 0:
+        return
+    if signum == signal.SIGKILL:
+        raise UserError(f"{disk.path}: the process that tried it was killed: is memory short?")
+    if signum == signal.SIGALRM:
         raise UserError(
-            f"{path} is damaged, HDF5 crashed or hung over it: run preprocessing.py again"
+            f"{disk.path} could not be opened in {PATIENCE} seconds: either its disk does not "
+            f"answer, or HDF5 hung over damaged bytes; if the disk is well, {AGAIN}"
         )
-    try:
-        with h5py.File(path, "r") as file:
-            return check_features(path, file, wanted)
-    except DAMAGE as error:
-        raise UserError(
-            f"{path} is not a complete HDF5 file ({error}): run preprocessing.py again"
-        ) from None
+    raise UserError(f"{disk.path} is damaged, HDF5 crashed over it: {AGAIN}")
 
 
 # ---------------------------------------------------------------- its checks
 
 
-def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
+def check_features(path: Path, file: h5py.File, disk: SourceFile, wanted: dict) -> Features:
     """The body of `open_features`, on an open file.
 
     wanted: what its provenance must say, None for anything.
@@ -202,6 +218,8 @@ def check_features(path: Path, file: h5py.File, wanted: dict) -> Features:
     image_files = datasets.texts(IMAGE_FILES, len(labels))
     return Features(
         path=path,
+        file=file,
+        disk=disk,
         split=split,
         w2v=w2v,
         shape=datasets[MAPS].shape[1:],

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from scegg.features.reader import READ_AT_ONCE, Features
 from scegg.features.sampler import BalancedSampler
-from util import UserError, atomic_path, locked, remove_partials, require_space
+from util import UserError, atomic_path, locked, remove_partials, require_space, unreadable
 
 # ---------------------------------------------------------------- the choice
 
@@ -98,8 +99,9 @@ class Room:
         """The room for `size` bytes of maps. A flat file that is there already needs none."""
         on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
         on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
-        if any(file.stat().st_size == size for file in folder.glob("*.cache")):
-            on_disk = math.inf
+        with contextlib.suppress(OSError):  # somebody removes caches meanwhile
+            if any(file.stat().st_size == size for file in folder.glob("*.cache")):
+                on_disk = math.inf
         return cls(on_device, available_ram(), on_disk)
 
 
@@ -161,6 +163,7 @@ class FlatCache:
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
         self.pinned = pinned
         self.readers = ThreadPoolExecutor(max_workers=4)
+        self.place = threading.Lock()  # where the system has no reading by offset
 
     def is_whole(self) -> bool:
         """Whether the file is there, with all its maps."""
@@ -178,24 +181,34 @@ class FlatCache:
     def take(self, positions: Tensor) -> Tensor:
         """Maps (B, R, D) of `positions` (B,), read by several threads.
 
-        Raises UserError for a file that is too short.
+        Raises UserError for a file that is too short, and for a disk that fails.
         """
         maps = torch.empty(len(positions), *self.shape, pin_memory=self.pinned)
 
         def read(row, position):
             buffer = maps[row].numpy().data.cast("B")
-            return os.preadv(self.file.fileno(), [buffer], position * self.image_bytes)
+            return self.read_at(position * self.image_bytes, buffer)
 
-        counts = self.readers.map(read, range(len(maps)), positions.tolist())
+        try:
+            counts = list(self.readers.map(read, range(len(maps)), positions.tolist()))
+        except OSError as error:
+            raise unreadable(self.path, error) from None
         if any(count != self.image_bytes for count in counts):
             raise UserError(f"{self.path} could not be read in full: delete it and run again")
         return maps
 
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer from an offset of the file; returns the bytes that were there."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.file.fileno(), [buffer], offset)
+        with self.place:  # Windows
+            self.file.seek(offset)
+            return self.file.readinto(buffer)
+
 
 def cache_path(features: Features, indices: np.ndarray) -> Path:
     """The path of the flat file for some images of a feature file."""
-    stat = features.path.stat()
-    facts = repr((stat.st_size, stat.st_mtime_ns, features.split.fingerprint))
+    facts = repr((*features.disk.stamp, features.split.fingerprint))
     key = hashlib.sha256(facts.encode() + indices.tobytes()).hexdigest()[:12]
     return features.path.with_name(f"{features.path.name}.{key}.cache")
 

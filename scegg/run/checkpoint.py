@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from util import UserError, save_tensors
+from util import UserError, load_tensors, save_tensors
 
 # what a checkpoint remembers of a run from its start, and the type of each
 REQUIRED_NOTES = {"features": str, "logged": int, "wandb_id": str}
@@ -33,7 +33,7 @@ class Stopped(Exception):
 def read_checkpoint(path: Path) -> dict:
     """The checkpoint in `path`: tensors, numbers and texts, no code.
 
-    Raises UserError for a missing or damaged file.
+    Raises UserError for a missing or damaged file, and for a disk that fails.
     """
     if not path.is_file():
         raise UserError(
@@ -41,8 +41,10 @@ def read_checkpoint(path: Path) -> dict:
             "never began"
         )
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_tensors(path)
         check_content(saved)
+    except UserError:
+        raise
     except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(f"{path} is damaged ({type(error).__name__}): start the run anew") from None
     return saved

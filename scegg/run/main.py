@@ -30,6 +30,7 @@ from util import (
     UserError,
     locked,
     pick_device,
+    remedy,
     remove_partials,
     seed_everything,
 )
@@ -329,8 +330,8 @@ def closing_logs(folder: RunFolder, resume: str):
 
         if isinstance(error, OSError):
             raise UserError(
-                f"{error.filename or folder.path}: {error.strerror}; free some disk space or mend "
-                f"the disk, then go on with: {resume}"
+                f"{error.filename or folder.path}: {error.strerror or error}; {remedy(error)}, "
+                f"then go on with: {resume}"
             ) from None
         raise
     folder.close(exit_code=0)
