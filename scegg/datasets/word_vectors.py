@@ -12,8 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scegg.datasets.pickled_array import read_pickle
-from scegg.datasets.text_files import text_encoding
-from util import UserError
+from util import UserError, is_of_disk, unchanged, unreadable
 
 # words of CUB that word2vec-google-news-300 lacks, and what is looked up for them in every model
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}
@@ -78,15 +77,19 @@ def read_vectors(path: Path, names: list[str] | None) -> np.ndarray:
 
     A .pkl or .npy file holds the table itself. A .bin (word2vec) or .txt file (word2vec, GloVe)
     holds words: then the vectors of each attribute's words are summed, which needs the names.
-    Raises UserError for anything else than a finite table, and for missing words.
+    Raises UserError for anything else than a finite table, for missing words, and for a file that
+    is written to meanwhile.
     """
     if not path.is_file():
         raise UserError(f"--w2v {path}: no such file")
     try:
-        table = read_by_suffix(path, names)
+        with unchanged(path):
+            table = read_by_suffix(path, names)
     except UserError:
         raise
     except Exception as error:  # a damaged or hostile file can raise anything
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
         raise UserError(f"{path} was refused: {error}") from None
 
     is_array = isinstance(table, np.ndarray)

@@ -6,6 +6,7 @@
 Networks come frozen, on the CPU and in evaluation mode.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from scegg.datasets.layouts import LAYOUTS
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
-from util import UserError
+from util import UserError, is_of_disk, load_tensors, unreadable
 
 NOT_FINISHED = "the run is not finished"
 REMEDIES = {
@@ -47,15 +48,25 @@ class TrainedRun(NamedTuple):
 def load_run(folder: Path, features: Path | None = None) -> TrainedRun:
     """The finished run in `folder`; features: its feature file, if preprocessing put it elsewhere.
 
-    Raises UserError for a folder that holds no finished run, and for features of another split,
-    backbone or image size.
+    Raises UserError for a folder that holds no finished run, for a config that was changed since,
+    and for features of another split, backbone or image size.
     """
     for name, remedy in REMEDIES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: {remedy}")
 
     config = read_config(folder / "config.yaml", {})
-    dataset, weights, fingerprint = read_results(folder)
+    dataset, weights, fingerprint, trained_with = read_results(folder)
+    changed = [
+        name
+        for name, value in dataclasses.asdict(config).items()
+        if trained_with.get(name, value) != value
+    ]
+    if changed:
+        raise UserError(
+            f"{folder / 'config.yaml'} was changed after the run ({', '.join(changed)}): make it "
+            "as it was; summary.json holds every value"
+        )
     if dataset not in list(LAYOUTS):
         raise UserError(f"{folder / 'summary.json'}: there is no dataset {dataset}")
 
@@ -69,16 +80,20 @@ def load_run(folder: Path, features: Path | None = None) -> TrainedRun:
     return TrainedRun(folder.name, dataset, config, opened, weights)
 
 
-def read_results(folder: Path) -> tuple[str, dict, str]:
-    """A run's dataset, its weights and the fingerprint of the split that it was trained on.
+def read_results(folder: Path) -> tuple[str, dict, str, dict]:
+    """A run's dataset, its weights, its split's fingerprint, and the config it was trained with.
 
     Raises UserError if summary.json or model.pt is damaged.
     """
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-        return summary["dataset"], weights, weights["split_fingerprint"]
+        weights = load_tensors(folder / "model.pt")
+        return summary["dataset"], weights, weights["split_fingerprint"], dict(summary["config"])
+    except UserError:
+        raise
     except Exception as error:  # json and torch raise many kinds over damaged files
+        if is_of_disk(error):
+            raise unreadable(error.filename or folder, error) from None
         raise UserError(
             f"{folder}: summary.json or model.pt is damaged ({UserError(error)})"
         ) from None
