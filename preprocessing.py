@@ -33,7 +33,7 @@ from scegg.features.images import (
     image_transform,
 )
 from scegg.features.parts import Parts
-from scegg.features.ranks import device_of_rank, is_first_rank, sole_job, wait_for_all_ranks
+from scegg.features.ranks import device_of_rank, is_first_rank, rank_of_ranks, sole_job
 from scegg.speed.allocator import keep_freed_memory
 from util import FlagParser, UserError, exit_on_user_error, pick_device
 
@@ -41,6 +41,7 @@ from util import FlagParser, UserError, exit_on_user_error, pick_device
 def main(argv=None):
     """Preprocess a dataset as the flags say. Raises UserError for all that a user can put right."""
     options = parse_arguments(argv)
+    rank_of_ranks()  # raises UserError where the environment makes no sense
     keep_freed_memory()
     device = pick_device(options.device or device_of_rank())
     fill_in_defaults(options, device)
@@ -53,18 +54,20 @@ def main(argv=None):
     settings = provenance | {"batch_size": options.batch_size}
     parts = Parts(options.output, images.paths, options.compression, settings)
 
-    with sole_job(options.output):
-        if is_first_rank():
-            parts.prepare(map_shape(network, options.img_size))
-        wait_for_all_ranks()
-
-        precision = getattr(torch, options.precision)
-        backbone = Backbone(pixels, fold(network), device, precision, options.batch_size)
+    with sole_job(options.output) as ranks:
         try:
+            parts.agree(ranks)
+            if is_first_rank():
+                parts.prepare(map_shape(network, options.img_size))
+            parts.require_shared(ranks)
+            parts.try_disk()
+
+            precision = getattr(torch, options.precision)
+            backbone = Backbone(pixels, fold(network), device, precision, options.batch_size)
             speed = extract(backbone, images, parts, options)
         finally:
             parts.remove_if_empty()
-        wait_for_all_ranks()
+        ranks.wait("the last image")
 
         if is_first_rank():
             parts.join(lambda file: write_annotations(file, annotations, provenance))

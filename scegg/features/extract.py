@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from scegg.features.images import Images, PixelNormalization, Unreadable, collate
 from scegg.features.parts import Parts
-from scegg.features.ranks import rank_of_ranks
+from scegg.features.ranks import rank_of_ranks, ranks_on_this_machine
 from util import UserError
 
 # batches in a load that a CPU decodes in its own threads: after each forward pass, the backbone's
@@ -266,5 +266,5 @@ def default_workers(device: torch.device) -> int:
 
     A CPU needs its cores itself. The ranks of a `torchrun` on one machine share its cores.
     """
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // ranks_on_this_machine()
     return min(8, max(cores, 1) if device.type == "cuda" else cores // 4)
