@@ -142,10 +142,14 @@ class Ranks:
 
     def __enter__(self):
         self.store = meet(self.rank)
-        if self.store.add(f"started/{self.rank}", 1) > 1:
-            raise UserError(f"two processes say RANK={self.rank}: give each its own")
         self.heart.start()
-        self.wait("the start")
+        try:
+            if self.store.add(f"started/{self.rank}", 1) > 1:
+                raise UserError(f"two processes say RANK={self.rank}: give each its own")
+            self.wait("the start")
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind, *_):
