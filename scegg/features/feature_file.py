@@ -14,9 +14,6 @@ reads them with the functions here.
 """
 
 import json
-import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +25,7 @@ import torchvision
 from isal import isal_zlib
 
 from scegg.datasets.splits import Split
+from scegg.features.chunks import Target, read_chunks
 
 MAPS = "feature_map"
 WORD_VECTORS = "w2v_att"
@@ -170,62 +168,14 @@ def pack_map(image_map: np.ndarray, compression: str | None):
     return image_map
 
 
-def unpack_map(chunk: bytes, shape: tuple[int, int, int], image: int) -> np.ndarray:
-    """The map (D, h, w) in a gzip chunk; image: its number, for errors.
-
-    It takes no more memory than a map has, whatever the chunk promises.
-    Raises ValueError or isal_zlib.error for other contents.
-    """
-    size = 4 * math.prod(shape)
-    stream = isal_zlib.decompressobj()
-    content = stream.decompress(chunk, size + 1)
-    if not stream.eof:
-        raise ValueError(f"the map of image {image} does not end where it should")
-    return np.frombuffer(content, "<f4").reshape(shape)
-
-
 def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
     """Read the rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32.
 
     Raises one of `disk.DAMAGE` over damaged bytes.
     """
-    if gzip_chunks(dataset):
-        read_gzip_chunks(dataset, indices, maps)
-        return
-    for row, index in enumerate(indices):
-        dataset.read_direct(maps[row], np.s_[int(index)])
-
-
-def gzip_chunks(dataset: h5py.Dataset) -> bool:
-    """Whether each row of a dataset (N, D, h, w) is one gzip chunk of little-endian float32.
-
-    Our own files are like that; for others, HDF5 itself reads.
-    """
-    filters = dataset.id.get_create_plist()
-    return (
-        dataset.chunks == (1, *dataset.shape[1:])
-        and dataset.dtype == np.dtype("<f4")
-        and filters.get_nfilters() == 1
-        and filters.get_filter(0)[0] == h5py.h5z.FILTER_DEFLATE
-    )
-
-
-def read_gzip_chunks(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
-    """`read_maps` where `gzip_chunks` is true: ISA-L unpacks the chunks in threads.
-
-    HDF5's own zlib would unpack them in one thread, and more slowly.
-    """
-
-    def unpack(row, filters_left_out, chunk):
-        if filters_left_out:  # HDF5 leaves gzip out where it gains nothing
-            maps[row] = np.frombuffer(chunk, "<f4").reshape(maps.shape[1:])
-        else:
-            maps[row] = unpack_map(chunk, maps.shape[1:], indices[row])
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        unpacked = []
+    in_one_piece = dataset.chunks in (None, (1, *dataset.shape[1:]))
+    if in_one_piece and dataset.compression != "gzip":
         for row, index in enumerate(indices):
-            filters_left_out, chunk = dataset.id.read_direct_chunk((int(index), 0, 0, 0))
-            unpacked.append(pool.submit(unpack, row, filters_left_out, chunk))
-        for result in unpacked:
-            result.result()
+            dataset.read_direct(maps[row], np.s_[int(index)])
+        return
+    read_chunks(dataset, (Target(maps[row : row + 1], int(i)) for row, i in enumerate(indices)))

@@ -4,6 +4,7 @@ Maps are normalised when they are read, so once, and not in every training step.
 """
 
 import dataclasses
+import functools
 import math
 import signal
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scegg.datasets.splits import Split, check_split
-from scegg.features.disk import SourceFile
+from scegg.features.chunks import images_in_chunk
 from scegg.features.feature_file import (
     ATTRIBUTE_NAMES,
     CLASS_NAMES,
@@ -28,7 +29,8 @@ from scegg.features.feature_file import (
     read_maps,
     read_provenance,
 )
-from util import UserError, fatal_signal, is_missing, unreadable
+from scegg.features.repack import repacked
+from util import UserError, survives
 
 PATIENCE = 120  # seconds that opening a file may take
 # elements of an array that is read in one piece: a few hostile bytes can promise any number
@@ -67,9 +69,8 @@ def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
 class Features:
     """A checked feature file: everything but the maps, which stay on the disk.
 
-    It stays open: a new file under its name changes nothing for whoever has read this one.
-    file, disk: as HDF5 and as the system see it. w2v: (K, d), word vectors of the attributes.
-    shape: (D, h, w) of a map. image_files: (N), None where the file does not say them.
+    w2v: (K, d), word vectors of the attributes. shape: (D, h, w) of a map.
+    image_files: (N), None where the file does not say them. images_in_chunk: how many share one.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Features:
     w2v: np.ndarray
     shape: tuple[int, int, int]
     compressed: bool
+    images_in_chunk: int
     class_names: list[str]
     attribute_names: list[str]
     image_files: list[str] | None
@@ -88,6 +90,17 @@ class Features:
         """Bytes of so many maps in float32."""
         return 4 * images * math.prod(self.shape)
 
+    @property
+    def is_repacked(self) -> bool:
+        """Whether maps are read from a repacked file, which is made before the first of them."""
+        return self.images_in_chunk > 1
+
+    @functools.cached_property
+    def repacked(self) -> h5py.File:
+        """The repacked file, open."""
+        with h5py.File(self.path, "r") as file:
+            return repacked(self.path, file[MAPS])
+
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
 
@@ -95,8 +108,16 @@ class Features:
         for a disk that fails.
         """
         maps = np.empty((len(indices), *self.shape), np.float32)
-        with self.disk.reading("is damaged", AGAIN):
-            read_maps(self.file[MAPS], indices, maps)
+        try:
+            if self.is_repacked:
+                read_maps(self.repacked[MAPS], indices, maps)
+            else:
+                with h5py.File(self.path, "r") as file:
+                    read_maps(file[MAPS], indices, maps)
+        except DAMAGE as error:
+            raise UserError(
+                f"{self.path} is damaged ({error}): run preprocessing.py again"
+            ) from None
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):
@@ -172,7 +193,8 @@ def require_survivable(disk: SourceFile, wanted: dict):
         with h5py.File(disk, "r") as file:
             check_features(disk.path, file, disk, wanted)
             maps = file[MAPS]
-            return maps.chunks and maps.id.get_num_chunks(), maps[0], maps[-1]
+            ends = maps[0, 0, 0, 0], maps[-1, -1, -1, -1]  # with the chunks that they are in
+            return maps.chunks and maps.id.get_num_chunks(), ends
 
     signum = fatal_signal(probe, PATIENCE)
     if signum == 0:
@@ -224,6 +246,7 @@ def check_features(path: Path, file: h5py.File, disk: SourceFile, wanted: dict) 
         w2v=w2v,
         shape=datasets[MAPS].shape[1:],
         compressed=datasets[MAPS].compression is not None,
+        images_in_chunk=images_in_chunk(datasets[MAPS]),
         class_names=class_names or numbered("class", len(att)),
         attribute_names=attribute_names or numbered("attribute", len(w2v)),
         image_files=image_files,

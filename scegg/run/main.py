@@ -208,7 +208,8 @@ def storage_of_maps(features: Features, device: torch.device, options) -> Storag
     """Where trainval's feature maps are kept while stage 1 draws from them."""
     size = features.size(len(features.split.trainval))
     folder = features.path.parent
-    return choose_storage(size, device, folder, features.compressed, options.cache)
+    packed = features.compressed and not features.is_repacked
+    return choose_storage(size, device, folder, packed, options.cache)
 
 
 def made_features(dataset: str, backbone: str) -> Path:

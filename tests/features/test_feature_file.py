@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers import feature_arrays, write_features
-from scegg.features.feature_file import gzip_chunks
+from scegg.features.chunks import Packing
 from scegg.features.reader import open_features
 from util import UserError
 
@@ -33,7 +33,7 @@ def test_gzip_chunks_are_read_as_hdf5_reads_them(tmp_path):
     maps = gzip_features(path)
     features = open_features(path)
     with h5py.File(path) as file:
-        assert gzip_chunks(file["feature_map"])
+        assert Packing.of(file["feature_map"])
     assert np.array_equal(features.raw(np.arange(len(maps))[::-1]), maps[::-1])
 
     # a chunk that HDF5 left as it was, since gzip gained nothing

@@ -1,0 +1,132 @@
+"""Feature files whose chunks hold many images: their maps, repacked once, image after image.
+
+To read one image of such a file, all of its chunks are unpacked, and with them the other images of
+these chunks. h5py chooses such chunks by itself: for CUB, 737 images share one.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from scegg.features.chunks import Target, images_in_chunk, read_chunks
+from scegg.features.feature_file import MAPS
+from scegg.features.parts import new_hdf5
+from util import UserError, atomic_path, locked, remove_partials
+
+BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
+
+
+def repacked(path: Path, maps: h5py.Dataset) -> h5py.File:
+    """An open file with the same maps (N, D, h, w) in float32, uncompressed, image after image.
+
+    path: where `maps` are. The file lies beside it and stays, for later runs. Where there is no
+    room for it, it lies in the system's temporary folder for as long as it is open.
+    Raises UserError if there is no room either, and an error of h5py or ISA-L over damaged bytes.
+    """
+    size = 4 * maps.size
+    target = repacked_path(path)
+    if not target.is_file() and not has_room(path.parent, size):
+        return repacked_for_now(path, maps, size)
+
+    lock = target.with_name(f".{target.name}.lock")
+    if not target.is_file():
+        with locked(lock, f"writing {target}", wait=True):
+            if not target.is_file():  # whoever held the lock may have written it
+                remove_partials(target.parent, target.name)
+                tell(path, maps, target, size)
+                with atomic_path(target) as temporary:
+                    write(temporary, maps)
+    return open_repacked(target, maps)
+
+
+def repacked_path(path: Path) -> Path:
+    """The repacked file of a feature file; it has another name once that has changed."""
+    stat = path.stat()
+    key = hashlib.sha256(repr((stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:12]
+    return path.with_name(f"{path.name}.{key}.repacked")
+
+
+def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> h5py.File:
+    """`repacked` in the temporary folder. The file has no name there once it is open."""
+    folder = Path(tempfile.gettempdir())
+    if not has_room(folder, size):
+        raise UserError(
+            f"{images_in_chunk(maps)} images share each chunk of {path}, so its maps must be "
+            f"repacked, which takes {size / 1e9:.2f} GB; neither {path.parent} nor {folder} has "
+            "room: free some disk space, or let TMPDIR name a folder with room"
+        )
+
+    tell(path, maps, folder, size)
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.close(descriptor)
+    try:
+        write(Path(name), maps)
+        return open_repacked(Path(name), maps)
+    except OSError as error:
+        raise UserError(f"{name} could not be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file
+            os.unlink(name)
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether a file of so many bytes can be made in a folder."""
+    return os.access(folder, os.W_OK) and size < 0.95 * shutil.disk_usage(folder).free
+
+
+def tell(path: Path, maps: h5py.Dataset, target: Path, size: int):
+    """Say what is being done, and why."""
+    print(
+        f"{images_in_chunk(maps)} images share each chunk of {path}: "
+        f"its maps are repacked to {target}, {size / 1e9:.2f} GB",
+        flush=True,
+    )
+
+
+def open_repacked(target: Path, maps: h5py.Dataset) -> h5py.File:
+    """The repacked file, open. Raises UserError if it does not hold such maps."""
+    try:
+        file = h5py.File(target, "r")
+        if file[MAPS].shape == maps.shape and file[MAPS].dtype == np.float32:
+            return file
+    except (OSError, KeyError, RuntimeError):
+        pass
+    raise UserError(f"{target} is damaged: delete it and run again")
+
+
+def write(path: Path, maps: h5py.Dataset):
+    """Make the file: every chunk of `maps` is unpacked once. Raises OSError for a full disk."""
+    with (
+        new_hdf5(path) as (file, check),
+        tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,
+    ):
+        target = file.create_dataset(MAPS, maps.shape, "f4")
+        for images, channels in blocks(maps):
+            block = np.empty((len(images), len(channels), *maps.shape[2:]), np.float32)
+            read_chunks(maps, [Target(block, images.start, channels.start)])
+            target[images.start : images.stop, channels.start : channels.stop] = block
+            check()
+            if channels.stop == maps.shape[1]:
+                bar.update(len(images))
+
+
+def blocks(maps: h5py.Dataset) -> Iterator[tuple[range, range]]:
+    """Images and channels of each block: whole chunks, as many as `BLOCK` bytes take."""
+    N, D, h, w = maps.shape
+    high, wide = images_in_chunk(maps), min(maps.chunks[1], D)
+    columns = max(1, BLOCK // (4 * high * wide * h * w))
+    # all channels of several rows of chunks, or some channels of one row
+    high *= max(1, columns * wide // D)
+    wide *= columns
+
+    for image in range(0, N, high):
+        for channel in range(0, D, wide):
+            yield range(image, min(image + high, N)), range(channel, min(channel + wide, D))
