@@ -18,7 +18,9 @@ from isal import isal_zlib
 
 from scegg.speed.threads import granted_cores
 
-LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at least one chunk
+LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at least one column
+HELD = 1 << 28  # bytes of chunks that are held unpacked, at least one column
+STRIP = 1 << 18  # bytes of maps that are joined at once, so that they stay in a core's cache
 
 
 class Target(NamedTuple):
@@ -37,42 +39,44 @@ def images_in_chunk(dataset: h5py.Dataset) -> int:
 def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target]):
     """Fill the targets from a chunked dataset of maps (N, D, h, w) of any floats.
 
-    A chunk is unpacked once for each target that it overlaps. Memory is bounded by the chunks that
-    the threads hold. Raises ValueError, or an error of h5py or ISA-L, over damaged bytes.
+    A chunk is unpacked once for each target that it overlaps. Memory is bounded by `HELD`, or by a
+    column: all chunks of the same images and channels. Raises ValueError, or an error of h5py or
+    ISA-L, over damaged bytes.
     """
     packing = Packing.of(dataset)
-    pieces = ((target, corner) for target in targets for corner in corners(dataset, target))
+    pieces = ((target, column) for target in targets for column in columns(dataset, target))
     if packing is None:
-        for target, corner in pieces:
-            chunk = tuple(
-                slice(at, at + size) for at, size in zip(corner, dataset.chunks, strict=True)
-            )
-            place(dataset[chunk], corner, target)
+        for target, column in pieces:
+            for corner in column:
+                chunk = zip(corner, dataset.chunks, strict=True)
+                place(dataset[tuple(slice(at, at + size) for at, size in chunk)], corner, target)
         return
 
-    threads = granted_cores()
-    count = max(1, LOAD // packing.size)
-    with ThreadPoolExecutor(threads) as pool:
+    column_bytes = packing.size * math.prod(packing.grid)
+    with ThreadPoolExecutor(granted_cores()) as pool:
         waiting = deque()
         while load := [
-            (*piece, stored_chunk(dataset, piece[1])) for piece in itertools.islice(pieces, count)
+            (target, column[0], [stored_chunk(dataset, corner) for corner in column])
+            for target, column in itertools.islice(pieces, max(1, LOAD // column_bytes))
         ]:
-            waiting.append(pool.submit(unpack_all, packing, load))
-            if len(waiting) > 2 * threads:
+            waiting.append(pool.submit(unpack_columns, packing, load))
+            if len(waiting) >= max(1, HELD // max(LOAD, column_bytes)):
                 waiting.popleft().result()
         for result in waiting:
             result.result()
 
 
-def corners(dataset: h5py.Dataset, target: Target) -> Iterator[tuple[int, ...]]:
-    """The first index of every chunk that overlaps the target."""
-    starts = (target.image, target.channel, 0, 0)
-    return itertools.product(
-        *(
-            range(start // size * size, start + length, size)
-            for start, length, size in zip(starts, target.array.shape, dataset.chunks, strict=True)
-        )
-    )
+def columns(dataset: h5py.Dataset, target: Target) -> Iterator[list[tuple[int, ...]]]:
+    """The columns of chunks that overlap the target: the first index of each of their chunks."""
+    high, wide, *_ = dataset.chunks
+    images, channels = target.array.shape[:2]
+    positions = [
+        range(0, side, of_chunk)
+        for side, of_chunk in zip(dataset.shape[2:], dataset.chunks[2:], strict=True)
+    ]
+    for image in range(target.image // high * high, target.image + images, high):
+        for channel in range(target.channel // wide * wide, target.channel + channels, wide):
+            yield list(itertools.product([image], [channel], *positions))
 
 
 def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
@@ -81,7 +85,8 @@ def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
     starts = (target.image, target.channel, 0, 0)
     axes = zip(corner, chunk.shape, starts, target.array.shape, strict=True)
     for at, size, start, length in axes:
-        first, end = max(at, start), min(at + size, start + length)
+        first = max(at, start)
+        end = max(first, min(at + size, start + length))
         of_chunk.append(slice(first - at, end - at))
         of_target.append(slice(first - start, end - start))
 
@@ -93,11 +98,16 @@ def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
 
 
 class Packing(NamedTuple):
-    """How the chunks of a dataset are packed. filters: HDF5's, in the order of writing."""
+    """How the chunks of a dataset are packed.
+
+    filters: HDF5's, in the order of writing. shape and dtype of a chunk; grid: chunks of a column,
+    down and across.
+    """
 
     filters: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
+    grid: tuple[int, int]
 
     @classmethod
     def of(cls, dataset: h5py.Dataset) -> "Packing | None":
@@ -108,7 +118,9 @@ class Packing(NamedTuple):
         is_numpys = h5py.h5t.py_create(dataset.dtype) == dataset.id.get_type()
         if not is_numpys or not set(filters) <= set(UNDO):
             return None
-        return cls(filters, dataset.chunks, dataset.dtype)
+        sides = zip(dataset.shape[2:], dataset.chunks[2:], strict=True)
+        grid = tuple(-(-side // of_chunk) for side, of_chunk in sides)
+        return cls(filters, dataset.chunks, dataset.dtype, grid)
 
     @property
     def size(self) -> int:
@@ -154,12 +166,37 @@ def stored_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> tuple[int, b
 
     Raises ValueError for a chunk that was never written.
     """
-    if dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
-        raise ValueError(f"the map of image {corner[0]} was never written")
-    return dataset.id.read_direct_chunk(corner)
+    try:
+        return dataset.id.read_direct_chunk(corner)
+    except (OSError, RuntimeError):
+        # asked only now: HDF5 looks through all chunks for the answer
+        if dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
+            raise ValueError(f"the map of image {corner[0]} was never written") from None
+        raise
 
 
-def unpack_all(packing: Packing, load: list):
-    """Unpack chunks, each given with its target and corner, to where they belong."""
-    for target, corner, (left_out, content) in load:
-        place(packing.unpack(content, left_out), corner, target)
+def unpack_columns(packing: Packing, load: list):
+    """Unpack columns, each given with its target, first corner and stored chunks, to their place.
+
+    Number by number, a narrow chunk is spread over as many lines of a core's cache as it has
+    numbers. So chunks are joined first, a strip of images at a time.
+    """
+    for target, corner, stored in load:
+        chunks = [packing.unpack(content, left_out) for left_out, content in stored]
+        if len(chunks) == 1:
+            place(chunks[0], corner, target)
+            continue
+
+        height = packing.shape[0]
+        images = max(1, STRIP * height // (packing.size * len(chunks)))
+        for first in range(0, height, images):
+            strip = joined(packing.grid, [chunk[first : first + images] for chunk in chunks])
+            place(strip, (corner[0] + first, *corner[1:]), target)
+
+
+def joined(grid: tuple[int, int], chunks: list[np.ndarray]) -> np.ndarray:
+    """Maps (n, c, h, w) of a column's chunks (n, c, p, q), row after row of the grid."""
+    n, c, p, q = chunks[0].shape
+    down, across = grid
+    by_place = np.stack(chunks).reshape(down, across, n, c, p, q)
+    return by_place.transpose(2, 3, 0, 4, 1, 5).reshape(n, c, down * p, across * q)

@@ -173,8 +173,13 @@ def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
 
     Raises one of `disk.DAMAGE` over damaged bytes.
     """
-    in_one_piece = dataset.chunks in (None, (1, *dataset.shape[1:]))
-    if in_one_piece and dataset.compression != "gzip":
+    # each chunk fills one stretch of memory: HDF5 itself is fast, but for its gzip
+    in_stretches = dataset.chunks is None or dataset.chunks == (
+        1,
+        dataset.chunks[1],
+        *dataset.shape[2:],
+    )
+    if in_stretches and dataset.compression != "gzip":
         for row, index in enumerate(indices):
             dataset.read_direct(maps[row], np.s_[int(index)])
         return

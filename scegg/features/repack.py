@@ -6,6 +6,7 @@ these chunks. h5py chooses such chunks by itself: for CUB, 737 images share one.
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -109,13 +110,24 @@ def write(path: Path, maps: h5py.Dataset):
         tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,
     ):
         target = file.create_dataset(MAPS, maps.shape, "f4")
+        memory = np.empty(0, np.float32)  # of all blocks; the first is the largest
         for images, channels in blocks(maps):
-            block = np.empty((len(images), len(channels), *maps.shape[2:]), np.float32)
-            read_chunks(maps, [Target(block, images.start, channels.start)])
+            shape = (len(images), len(channels), *maps.shape[2:])
+            memory = memory if memory.size else np.empty(math.prod(shape), np.float32)
+            block = memory[: math.prod(shape)].reshape(shape)
+            read_block(maps, Target(block, images.start, channels.start))
             target[images.start : images.stop, channels.start : channels.stop] = block
             check()
             if channels.stop == maps.shape[1]:
                 bar.update(len(images))
+
+
+def read_block(maps: h5py.Dataset, target: Target):
+    """`read_chunks`, but damaged bytes are a ValueError: an OSError is one of the new file."""
+    try:
+        read_chunks(maps, [target])
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def blocks(maps: h5py.Dataset) -> Iterator[tuple[range, range]]:

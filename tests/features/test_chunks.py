@@ -121,10 +121,10 @@ def damage(path, content):
     "content",
     [b"no gzip", zlib.compress(b"short"), zlib.compress(bytes(10**7)), zlib.compress(b"")],
 )
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_damaged_chunks_and_bombs_are_refused_and_nothing_is_left(tmp_path, content, shuffle):
+@pytest.mark.parametrize("filters", ["gzip", "lzf", "shuffled"])
+def test_damaged_chunks_and_bombs_are_refused_and_nothing_is_left(tmp_path, content, filters):
     path = tmp_path / "f.hdf5"
-    foreign_features(path, (40, 5, 3, 3), compression="gzip", shuffle=shuffle)
+    foreign_features(path, (40, 5, 3, 3), **FILTERS[filters])
     damage(path, content)
     with pytest.raises(UserError, match="is damaged"):
         open_features(path).raw(np.array([0]))
