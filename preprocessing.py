@@ -7,6 +7,9 @@ Writes data/<DS>/feature_map_<backbone>_<DS>.hdf5 (section 3). Stop it at any ti
 command continues. The machinery is in scegg/features.
 """
 
+import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
+
+# isort: split
 import argparse
 from pathlib import Path
 
@@ -25,16 +28,12 @@ from scegg.features.feature_file import (
     make_provenance,
     write_annotations,
 )
-from scegg.features.images import (
-    MEGAPIXELS,
-    Images,
-    PixelNormalization,
-    check_images,
-    image_transform,
-)
+from scegg.features.images import Images, PixelNormalization, check_images, image_transform
+from scegg.features.loading import usable_workers
 from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, is_first_rank, rank_of_ranks, sole_job
 from scegg.speed.allocator import keep_freed_memory
+from scegg.speed.threads import fix_threads
 from util import FlagParser, UserError, exit_on_user_error, pick_device
 
 
@@ -43,6 +42,7 @@ def main(argv=None):
     options = parse_arguments(argv)
     rank_of_ranks()  # raises UserError where the environment makes no sense
     keep_freed_memory()
+    fix_threads()
     device = pick_device(options.device or device_of_rank())
     fill_in_defaults(options, device)
 
@@ -191,6 +191,7 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
         options.batch_size = 64 if device.type == "cuda" else 4
     if options.num_workers is None:
         options.num_workers = default_workers(device)
+    options.num_workers = usable_workers(options.num_workers)
     if options.output is None:
         options.output = feature_file(options.dataset, options.backbone)
 

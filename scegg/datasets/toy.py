@@ -9,7 +9,8 @@ themselves are drawn by toy_birds.py.
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ import scipy.io
 from tqdm import tqdm
 
 from scegg.datasets.toy_birds import ATTRIBUTES, GROUPS, draw_image
+from scegg.speed.threads import granted_cores
 from util import FlagParser, UserError, exit_on_user_error, make_folder
 
 VERSION = 1  # raise it when pictures or files change: `render` then replaces older ones
@@ -185,14 +187,28 @@ def render_class(seed: int, count: int, label: int, percent: np.ndarray, folder:
 
 
 def render_images(dataset: Dataset, seed: int, images_per_class: int, folder: Path):
-    """Write all images below `folder`, a process a core."""
+    """Write all images below `folder`, a process a core.
+
+    Raises UserError if one of them is killed.
+    """
     classes = len(dataset.names)
     folders = [folder / name for name in dataset.names]
     render_one = partial(render_class, seed, images_per_class)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with worker_pool() as pool:
         jobs = pool.map(render_one, range(classes), dataset.percents, folders)
-        for _ in tqdm(jobs, total=classes, desc="TOY", unit="class", disable=None):
-            pass
+        try:
+            for _ in tqdm(jobs, total=classes, desc="TOY", unit="class", disable=None):
+                pass
+        except BrokenProcessPool:
+            raise UserError("a process that drew images was killed: is memory short?") from None
+
+
+def worker_pool() -> Executor:
+    """A process for each core; threads where the system has no locks that processes share."""
+    try:
+        return ProcessPoolExecutor(granted_cores())
+    except (OSError, NotImplementedError):  # a container without /dev/shm
+        return ThreadPoolExecutor(granted_cores())
 
 
 def check_arguments(seed: int, classes: int, images_per_class: int, unseen: int):

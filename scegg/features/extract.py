@@ -17,12 +17,13 @@ from queue import Full, Queue
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from scegg.features.images import Images, PixelNormalization, Unreadable, collate
+from scegg.features.images import Images, PixelNormalization, Unreadable
+from scegg.features.loading import load_batches, told_of_lost_workers
 from scegg.features.parts import Parts
-from scegg.features.ranks import rank_of_ranks, ranks_on_this_machine
+from scegg.features.ranks import rank_of_ranks
+from scegg.speed.threads import granted_cores
 from util import UserError
 
 # batches in a load that a CPU decodes in its own threads: after each forward pass, the backbone's
@@ -204,22 +205,16 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     count = sum(len(parts.rows(start)) for start in starts)
     report_done(count, len(images))
 
-    loader = DataLoader(
-        images,
-        batch_sampler=[rows for start in starts for rows in loads[start]],
-        num_workers=options.num_workers,
-        collate_fn=collate,
-        pin_memory=on_gpu,
-        prefetch_factor=4 if options.num_workers else None,
-    )
+    batches = [rows for start in starts for rows in loads[start]]
+    loaded = load_batches(images, batches, options.num_workers, pinned=on_gpu)
     ahead = max(1, AHEAD * options.batch_size // at_once)
     began = time.perf_counter()
     with (
         tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar,
         WriteBehind(ahead) as writer,
-        told_of_killed_workers(),
+        told_of_lost_workers(),
     ):
-        maps = forward(backbone, loader, options.batch_size)
+        maps = forward(backbone, loaded, options.batch_size)
         for start in starts:
             of_part = islice(maps, len(loads[start]))
             writer.write(partial(parts.make, start), counted(of_part, bar))
@@ -247,24 +242,10 @@ def counted(loads: Iterable[list[np.ndarray]], bar: tqdm) -> Iterator[list[np.nd
         bar.update(sum(map(len, load)))
 
 
-@contextlib.contextmanager
-def told_of_killed_workers():
-    """Turn what DataLoader raises when a worker was killed into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            f"a decoding process was killed ({error}): is memory short? "
-            "Run again with fewer --num_workers"
-        ) from None
-
-
 def default_workers(device: torch.device) -> int:
     """Decoding processes: up to 8 beside a GPU, a fourth of the cores beside a CPU.
 
     A CPU needs its cores itself. The ranks of a `torchrun` on one machine share its cores.
     """
-    cores = (os.cpu_count() or 1) // ranks_on_this_machine()
+    cores = granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(8, max(cores, 1) if device.type == "cuda" else cores // 4)

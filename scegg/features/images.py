@@ -1,6 +1,5 @@
 """Image files -> batches of uint8 pixels -> normalised pixels, as a backbone takes them."""
 
-import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from scegg.features.backbones import pixel_statistics
+from scegg.speed.threads import granted_cores
 from util import UserError
 
 # Pillow knows more formats, and would run Ghostscript on EPS
@@ -187,10 +187,15 @@ class Images(Dataset):
         self.transform = transform
         self.megapixels = megapixels
         # threads cannot be sent to a process
-        self.map = map if workers else ThreadPoolExecutor(os.cpu_count()).map
+        self.map = map if workers else ThreadPoolExecutor(granted_cores()).map
 
     def __len__(self):
         return len(self.paths)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of a decoded image."""
+        return 3 * self.transform.transforms[0].side ** 2
 
     def __getitem__(self, index):
         try:

@@ -10,8 +10,6 @@ import glob
 import hashlib
 import json
 import math
-import os
-import secrets
 import shutil
 import socket
 import time
@@ -26,17 +24,8 @@ import numpy as np
 
 from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import FILTERS, GZIP_SHARE, MAPS, create_maps, pack_map
-from util import (
-    UserError,
-    atomic_path,
-    make_durable,
-    make_folder,
-    remove_partials,
-    require_file_size,
-    require_space,
-    unreadable,
-    unwritable,
-)
+from scegg.speed.threads import granted_cores
+from util import UserError, atomic_path, remove_partials, require_space
 
 PART = 256  # images
 TAIL = 4096  # bytes of an image in which copies of another picture differ
@@ -204,7 +193,7 @@ class Parts:
         with (
             atomic_path(self.paths[start], THEN) as temporary,
             new_hdf5(temporary) as (file, check),
-            ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+            ThreadPoolExecutor(max_workers=granted_cores()) as pool,
         ):
             writer = None
             for maps in batches:

@@ -25,6 +25,7 @@ from scegg.run.reuse import find_scen
 from scegg.run.summary import result_rows, result_table, save_curve, summarise
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.onednn import fast_matmul
+from scegg.speed.threads import fix_threads
 from util import (
     FlagParser,
     UserError,
@@ -65,6 +66,7 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
     options, overrides = parse_flags(flag_parser(dataset), argv)
     dataset = dataset or options.dataset
     keep_freed_memory()
+    fix_threads()
 
     with contextlib.ExitStack() as held:
         path = saved = None

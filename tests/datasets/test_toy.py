@@ -37,7 +37,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def test_same_seed_same_dataset_whatever_the_workers(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(toy.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(toy, "granted_cores", lambda: 1)
     toy.render(tmp_path, **SIZES)
     assert files(tmp_path) == files(root)
     first, again = mats(root), mats(tmp_path)
