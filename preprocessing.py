@@ -28,7 +28,13 @@ from scegg.features.feature_file import (
     make_provenance,
     write_annotations,
 )
-from scegg.features.images import Images, PixelNormalization, check_images, image_transform
+from scegg.features.images import (
+    MEGAPIXELS,
+    Images,
+    PixelNormalization,
+    check_images,
+    image_transform,
+)
 from scegg.features.loading import usable_workers
 from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, is_first_rank, rank_of_ranks, sole_job

@@ -92,8 +92,12 @@ class Golden:
         return {key.removeprefix(start): self[key] for key in self.arrays if key.startswith(start)}
 
     def compare(self, group, ours, published):
-        ours, published = (torch.as_tensor(t).detach().cpu().double() for t in (ours, published))
-        assert ours.shape == published.shape, f"{group}: shape {tuple(ours.shape)}, published {tuple(published.shape)}"
+        """Record the largest element's error of a tensor."""
+        ours = torch.as_tensor(ours).detach().cpu().double()
+        published = torch.as_tensor(published).detach().cpu().double()
+        shapes = f"shape {tuple(ours.shape)}, published {tuple(published.shape)}"
+        assert ours.shape == published.shape, f"{group}: {shapes}"
+
         self.record(self.errors, group, ours - published, published, torch.inf)
 
     def record(self, errors, group, difference, published, norm):
@@ -141,10 +145,12 @@ def our_eggn_name(name):
     return name.replace("F.", "Fb.", 1) if name.startswith("F.") else name
 
 
-def load(module, tensors, names=lambda name: name):
+def load(module, tensors, names=same_name):
+    """A module with the file's parameters, all of which it must have, and no others."""
     module.to(next(iter(tensors.values())).device)
-    module.load_state_dict({names(name): value for name, value in tensors.items()}, strict=False)
-    assert {names(name) for name in tensors} == {name for name, _ in module.named_parameters()}
+    state = {names(name): value for name, value in tensors.items()}
+    module.load_state_dict(state, strict=False)
+    assert set(state) == {name for name, _ in module.named_parameters()}
     return module
 
 
@@ -241,17 +247,20 @@ def check_distillation(golden, config):
 
 
 def check_eggn(golden, config, iterations, classifier):
-    x, y, T = golden["train/x"], golden["train/y"], config.critic_iter
-    eggn = load(EGGN(x.shape[1], golden["att"], classifier, config), golden.group("eggn/param"), our_eggn_name)
-    batches, eps = (golden[f"eggn/{key}"].unflatten(0, (-1, T + 1)) for key in ("batch_index", "eps"))
-    alpha = golden["eggn/alpha"].unflatten(0, (-1, T))
-    assert str(golden.arrays["log_columns"]) == LOG_COLUMNS, f"log columns {golden.arrays['log_columns']}, expected {LOG_COLUMNS}"
+    """Stage 3: all iterations of the file with its own draws; returns EGGN after them."""
+    columns = str(golden.arrays["log_columns"])
+    assert columns == LOG_COLUMNS, f"log columns {columns}, expected {LOG_COLUMNS}"
+    eggn = EGGN(golden["train/x"].shape[1], golden["att"], classifier, config)
+    eggn = load(eggn, golden.group("eggn/param"), our_eggn_name)
+
     rows = golden["eggn/log"]
     logged = []
     for i in range(len(rows)):
         logged.append(replay_iteration(golden, eggn, i, feedback=i // iterations == 1))
         golden.compare("eggn lambda1", eggn.lambda1, golden["eggn/lambda1"][i])
-    # the file does not say whether its critic columns carry gammaD: all or none, whichever fits
+    logged = torch.stack(logged)
+
+    # The file does not say whether its critic columns carry gammaD: all or none, whichever fits.
     with_gamma = torch.ones(rows.shape[1], dtype=torch.float64, device=rows.device)
     with_gamma[1:4] = config.gammaD
     candidates = logged, logged * with_gamma
@@ -300,9 +309,10 @@ def check_evaluation(golden, eggn):
 
 
 def measure(path, device="cpu"):
-    """{group: largest relative error} of a golden file, and {group: largest element's} of the groups measured in the 2-norm.
+    """Measure all errors of a golden file. device: where our functions compute.
 
-    device: where our functions compute.
+    Returns {group: largest relative error} and, of the groups measured in the 2-norm,
+    {group: largest element's error}.
     """
     golden = Golden(path, device)
     config, iterations = golden_config(golden)

@@ -5,7 +5,6 @@ thread writes the maps that are done.
 """
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from scegg.features.images import Images, PixelNormalization, Unreadable
 from scegg.features.loading import load_batches, told_of_lost_workers
 from scegg.features.parts import Parts
-from scegg.features.ranks import rank_of_ranks
+from scegg.features.ranks import rank_of_ranks, ranks_on_this_machine
 from scegg.speed.threads import granted_cores
 from util import UserError
 
@@ -247,5 +246,5 @@ def default_workers(device: torch.device) -> int:
 
     A CPU needs its cores itself. The ranks of a `torchrun` on one machine share its cores.
     """
-    cores = granted_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = granted_cores() // ranks_on_this_machine()
     return min(8, max(cores, 1) if device.type == "cuda" else cores // 4)

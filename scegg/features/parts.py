@@ -10,6 +10,8 @@ import glob
 import hashlib
 import json
 import math
+import os
+import secrets
 import shutil
 import socket
 import time
@@ -25,7 +27,17 @@ import numpy as np
 from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import FILTERS, GZIP_SHARE, MAPS, create_maps, pack_map
 from scegg.speed.threads import granted_cores
-from util import UserError, atomic_path, remove_partials, require_space
+from util import (
+    UserError,
+    atomic_path,
+    make_durable,
+    make_folder,
+    remove_partials,
+    require_file_size,
+    require_space,
+    unreadable,
+    unwritable,
+)
 
 PART = 256  # images
 TAIL = 4096  # bytes of an image in which copies of another picture differ

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scegg.datasets.splits import Split, check_split
 from scegg.features.chunks import images_in_chunk
+from scegg.features.disk import SourceFile
 from scegg.features.feature_file import (
     ATTRIBUTE_NAMES,
     CLASS_NAMES,
@@ -30,7 +31,7 @@ from scegg.features.feature_file import (
     read_provenance,
 )
 from scegg.features.repack import repacked
-from util import UserError, survives
+from util import UserError, fatal_signal, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
 # elements of an array that is read in one piece: a few hostile bytes can promise any number
@@ -69,8 +70,10 @@ def divide_positions(maps: Tensor, norms: Tensor) -> Tensor:
 class Features:
     """A checked feature file: everything but the maps, which stay on the disk.
 
-    w2v: (K, d), word vectors of the attributes. shape: (D, h, w) of a map.
-    image_files: (N), None where the file does not say them. images_in_chunk: how many share one.
+    It stays open: a new file under its name changes nothing for whoever has read this one.
+    file, disk: as HDF5 and as the system see it. w2v: (K, d), word vectors of the attributes.
+    shape: (D, h, w) of a map. images_in_chunk: how many share one. image_files: (N), None where
+    the file does not say them.
     """
 
     path: Path
@@ -98,8 +101,7 @@ class Features:
     @functools.cached_property
     def repacked(self) -> h5py.File:
         """The repacked file, open."""
-        with h5py.File(self.path, "r") as file:
-            return repacked(self.path, file[MAPS])
+        return repacked(self.path, self.file[MAPS])
 
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
@@ -108,16 +110,9 @@ class Features:
         for a disk that fails.
         """
         maps = np.empty((len(indices), *self.shape), np.float32)
-        try:
-            if self.is_repacked:
-                read_maps(self.repacked[MAPS], indices, maps)
-            else:
-                with h5py.File(self.path, "r") as file:
-                    read_maps(file[MAPS], indices, maps)
-        except DAMAGE as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}): run preprocessing.py again"
-            ) from None
+        with self.disk.reading("is damaged", AGAIN):
+            source = self.repacked if self.is_repacked else self.file
+            read_maps(source[MAPS], indices, maps)
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):

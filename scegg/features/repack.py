@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from scegg.features.chunks import Target, images_in_chunk, read_chunks
+from scegg.features.disk import new_hdf5
 from scegg.features.feature_file import MAPS
-from scegg.features.parts import new_hdf5
 from util import UserError, atomic_path, locked, remove_partials
 
 BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
@@ -95,7 +95,7 @@ def tell(path: Path, maps: h5py.Dataset, target: Path, size: int):
 def open_repacked(target: Path, maps: h5py.Dataset) -> h5py.File:
     """The repacked file, open. Raises UserError if it does not hold such maps."""
     try:
-        file = h5py.File(target, "r")
+        file = h5py.File(target, "r", locking=False)
         if file[MAPS].shape == maps.shape and file[MAPS].dtype == np.float32:
             return file
     except (OSError, KeyError, RuntimeError):
