@@ -192,7 +192,10 @@ def add_speed_flags(parser: argparse.ArgumentParser):
 
 
 def fill_in_defaults(options: argparse.Namespace, device: torch.device):
-    """Set the flags whose default depends on the device or on another flag."""
+    """Set the flags whose default depends on the device or on another flag.
+
+    Raises UserError for an output that is a folder.
+    """
     if options.batch_size is None:
         options.batch_size = 64 if device.type == "cuda" else 4
     if options.num_workers is None:
@@ -200,6 +203,8 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
     options.num_workers = usable_workers(options.num_workers)
     if options.output is None:
         options.output = feature_file(options.dataset, options.backbone)
+    if options.output.is_dir():
+        raise UserError(f"--output {options.output} is a folder: name a file")
 
 
 def read_annotations(options: argparse.Namespace) -> Annotations:

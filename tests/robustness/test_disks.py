@@ -111,6 +111,11 @@ def test_a_disk_is_asked_what_it_can_do_before_the_first_image(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_an_output_that_is_a_folder_is_refused_before_the_first_image(toy_root, tmp_path):
+    with pytest.raises(UserError, match="--output .* is a folder: name a file"):
+        preprocess(toy_root, tmp_path)
+
+
 def test_a_file_that_is_too_large_for_the_disk_is_refused_before_the_first_image(
     tmp_path, monkeypatch
 ):
