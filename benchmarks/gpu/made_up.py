@@ -53,10 +53,13 @@ class MadeUpFeatures(Features):
         vectors = rng.standard_normal((counts.attributes, WORD_VECTOR), dtype=np.float32)
         return cls(
             path=Path("made-up"),
+            file=None,
+            disk=None,
             split=make_split(counts),
             w2v=vectors,
             shape=shape,
             compressed=False,
+            images_in_chunk=1,
             class_names=[f"class {number}" for number in range(counts.classes)],
             attribute_names=[f"attribute {number}" for number in range(counts.attributes)],
             image_files=None,
