@@ -115,8 +115,11 @@ def remedy(error: OSError) -> str:
 
 
 def is_of_disk(error: Exception) -> bool:
-    """Whether an error is the system's, and says nothing of the bytes of a file."""
-    return isinstance(error, OSError) and error.errno is not None
+    """Whether an error is the system's, and says nothing of the bytes of a file.
+
+    EINVAL is not: damaged bytes send a reader to an offset that cannot be.
+    """
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 def unreadable(path: Path, error: OSError) -> UserError:

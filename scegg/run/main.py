@@ -333,8 +333,8 @@ def closing_logs(folder: RunFolder, resume: str):
 
         if isinstance(error, OSError):
             raise UserError(
-                f"{error.filename or folder.path}: {error.strerror or error}; {remedy(error)}, "
-                f"then go on with: {resume}"
+                f"{error.filename or folder.path}: {error.strerror or error}; {remedy(error)} "
+                f"first, then go on with: {resume}"
             ) from None
         raise
     folder.close(exit_code=0)
