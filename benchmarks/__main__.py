@@ -6,6 +6,7 @@
     python -m benchmarks --preprocess data               images a second of preprocessing.py
     python -m benchmarks --stream 256                    memory of training from a large file
     python -m benchmarks --whole train_joint_CUB.py --wandb disabled    a whole run, by stages
+    python -m benchmarks --shared --size SUN --stages "SCEN step"       beside another program
 
 Times are medians after a warm-up. FLOP and bytes are what the method cannot do without, a
 multiply-add being 2 FLOP. The machine's rates of a large product and of a large copy give the
@@ -24,7 +25,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.flop import SIZES
-from benchmarks.preprocessing import preprocessing_run
+from benchmarks.preprocessing import IMAGES, preprocessing_run
+from benchmarks.shared_machine import shared_machine_run
 from benchmarks.table import stage_table
 from benchmarks.whole_runs import stream_run, whole_run
 from scegg.config import CONFIG_FOLDER
@@ -53,10 +55,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--stream", type=int, metavar="D", help=helps)
     helps = "measure preprocessing of CUB's first images there"
     add("--preprocess", type=Path, metavar="DATA_ROOT", help=helps)
+    add("--images", type=int, default=IMAGES, help="so many images of --preprocess")
     add("--backbone", default=OFFLINE, help="the network of --preprocess")
     add("--weights", type=Path, help="a local state dict for it")
     helps = "a training command to run and account for"
     add("--whole", nargs=argparse.REMAINDER, help=helps)
+    helps = "a benchmark of one stage, to run alone and beside another program"
+    add("--shared", nargs=argparse.REMAINDER, help=helps)
     return parser.parse_args(argv)
 
 
@@ -66,7 +71,7 @@ def main(argv=None):
     device = pick_device(options.device)
     torch.set_float32_matmul_precision(options.matmul_precision)
 
-    if options.whole or options.stream or options.preprocess:
+    if options.whole or options.shared or options.stream or options.preprocess:
         with tempfile.TemporaryDirectory() as folder:
             records = [special_run(options, device, Path(folder))]
         print(json.dumps(records[0], indent=2))
@@ -81,6 +86,8 @@ def special_run(options, device: torch.device, folder: Path) -> dict:
     """The record of what is asked for instead of the table."""
     if options.whole:
         return whole_run(options.whole)
+    if options.shared:
+        return shared_machine_run(options.shared)
     if options.stream:
         return stream_run(options.stream, folder)
     return preprocessing_run(options, device, folder)

@@ -15,6 +15,7 @@ from scegg.features.backbones import build_backbone, fold
 from scegg.features.extract import DECODED_AT_ONCE, Backbone, default_workers, extract
 from scegg.features.images import Images, PixelNormalization, collate, image_transform
 from scegg.features.parts import Parts
+from util import UserError
 
 IMAGES = 512
 
@@ -25,7 +26,7 @@ def preprocessing_run(options, device: torch.device, folder: Path) -> dict:
     The backbone is timed on decoded images, as preprocessing.py runs it (`bare`: batch
     normalisation and padding folded) and as its package gives it (`packaged`). Returns the record.
     """
-    tails = read_dataset(options.preprocess, "CUB")[2][:IMAGES]
+    tails = read_dataset(options.preprocess, "CUB")[2][: options.images]
     photographs = [options.preprocess / "CUB" / tail for tail in tails]
     choice = BackboneChoice(options.backbone, options.weights)
     bench = PreprocessingBench(photographs, choice, device, folder)
@@ -38,6 +39,11 @@ def preprocessing_run(options, device: torch.device, folder: Path) -> dict:
         "uncompressed": partial(bench.whole, None),
         "gzip": partial(bench.whole, "gzip"),
     }
+    names = ", ".join(calls)
+    calls = {name: call for name, call in calls.items() if options.stages in name}
+    if not calls:
+        raise UserError(f"--stages {options.stages}: there are {names}")
+
     seconds = Timer(device).medians(list(calls.values()), 3, at_most=300)
     speeds = {name: len(photographs) / s for name, s in zip(calls, seconds, strict=True)}
 
@@ -47,6 +53,9 @@ def preprocessing_run(options, device: torch.device, folder: Path) -> dict:
         "weights": weights,
     }
     record |= speeds
+    if options.stages:
+        return record | {"rate": list(speeds.values())[-1]}
+
     for name in ("uncompressed", "gzip"):
         for backbone in ("bare", "packaged"):
             record[f"{name}_of_{backbone}"] = speeds[name] / speeds[f"{backbone}_backbone"]
