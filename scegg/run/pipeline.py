@@ -271,8 +271,9 @@ class Pipeline:
         """
         phase, notes = self.checkpoint.phase, self.checkpoint.notes
         seed_stream(self.config.seed, "evaluate", epoch)
+        chosen = {kind: number for kind, (_, number) in self.selection.choice.items()}
         with self.checkpoint.timed(f"{phase}evaluate"):
-            scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config)
+            scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config, chosen)
             values = self.selection.update(epoch, scores)
 
         if scores.linear and not phase and epoch == self.config.nepoch:
