@@ -12,9 +12,9 @@ from scegg.config import read_config
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
 from scegg.method.evaluation import (
+    Evaluation,
+    SoftmaxClassifier,
     area_under,
-    evaluate,
-    fit_softmax,
     harmonic_mean,
     logits_metrics,
     per_class_accuracy,
@@ -71,8 +71,46 @@ def test_softmax_classifier_learns_and_scores_every_epoch():
     def score(linear):
         return per_class_accuracy(y, linear(x).argmax(dim=1), 2)
 
-    scores, _, _ = fit_softmax(x, y, 2, config, score)
+    scores, _ = SoftmaxClassifier(x, y, 2, config).fit(score)
     assert scores.shape == (7,) and scores[-1] > 0.95
+
+
+def fitted_by_a_new_classifier(x, y, classes, config):
+    """The weights that a classifier of its own reaches, made and trained in plain lines."""
+    linear = torch.nn.Linear(x.shape[1], classes)
+    torch.nn.init.normal_(linear.weight, 0.0, 0.02)
+    torch.nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.Adam(
+        linear.parameters(), config.classifier_lr, betas=(0.5, 0.999), fused=True
+    )
+    for _ in range(config.classifier_epochs):
+        for batch in torch.randperm(len(x)).split(config.syn_num):
+            loss = torch.nn.functional.cross_entropy(linear(x[batch]), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return linear
+
+
+def test_a_classifier_that_is_trained_again_is_a_new_one():
+    """Bit for bit, its random draws included; its tensors stay where a CUDA graph knows them."""
+    config = dataclasses.replace(CONFIG, classifier_lr=0.05, classifier_epochs=3, syn_num=15)
+    x, y = torch.rand(40, 6), torch.arange(40) % 4
+    classifier = SoftmaxClassifier(torch.empty_like(x), y, 4, config)
+    first_address = classifier.linear.weight.data_ptr()
+
+    for seed in range(3):
+        classifier.x.copy_(x + seed)
+        torch.manual_seed(seed)
+        classifier.fit(lambda linear: linear.bias.sum())
+        after = torch.rand(1)
+
+        torch.manual_seed(seed)
+        expected = fitted_by_a_new_classifier(x + seed, y, 4, config)
+        assert torch.equal(classifier.linear.weight, expected.weight)
+        assert torch.equal(classifier.linear.bias, expected.bias)
+        assert torch.equal(after, torch.rand(1))
+    assert classifier.linear.weight.data_ptr() == first_address
 
 
 def small_evaluation(chosen=None, **changes):
@@ -87,7 +125,7 @@ def small_evaluation(chosen=None, **changes):
         "test_seen": Embedding(torch.rand(80, 5), None, seen.repeat(20)),
         "test_unseen": Embedding(torch.rand(50, 5), None, unseen.repeat(25)),
     }
-    scores = evaluate(eggn, embeddings, unseen, config, chosen)
+    scores = Evaluation(eggn, embeddings, unseen, config).scores(embeddings, chosen)
     inputs = {name: eggn.classifier_input(split.x) for name, split in embeddings.items()}
     return {name: (inputs[name], embeddings[name].y) for name in inputs}, unseen, scores
 
