@@ -299,8 +299,8 @@ class Critic(nn.Module):
         real_score, fake_score = self.fc2(hidden).squeeze(1).split(B)
 
         # the penalty: (B, ndh), then grad_xi D (B, D)
-        slope = activation_slope(alpha * pre_x + (1 - alpha) * pre_fake)
-        u = w2 * slope
+        pre_xi = alpha * pre_x + (1 - alpha) * pre_fake
+        u = times_slope(w2.expand_as(pre_xi), pre_xi)
         gradient = (u @ W1)[:, : self.channels]
         norm = gradient.norm(dim=1, keepdim=True)
         penalty = ((norm - 1) ** 2).mean()
@@ -313,22 +313,22 @@ class Critic(nn.Module):
 
         # What x and fake have in common (a, the biases) nearly cancels. Their shares are summed as
         # autograd sums them, each by itself: Adam makes a visible step of a rounding error there.
-        d_pre = activation_slope(pre) * (w2 * (gammaD / B))
+        d_pre = times_slope((w2 * (gammaD / B)).expand_as(pre), pre)
         d_pre[:B].neg_()
         d_x, d_fake = d_pre.split(B)
         d_W1 = torch.cat([d_pre, u]).T @ torch.cat([inputs, d_gradient])
         d_W1[:, self.channels :] = d_x.T @ a + d_fake.T @ a
         d_w2 = (hidden[B:] - hidden[:B]).sum(dim=0) * (gammaD / B)
-        d_w2 = d_w2 + (d_gradient @ W1.T * slope).sum(dim=0)
+        d_w2 = d_w2 + times_slope(d_gradient @ W1.T, pre_xi).sum(dim=0)
 
         self.fc1.weight.grad, self.fc1.bias.grad = d_W1, d_x.sum(dim=0) + d_fake.sum(dim=0)
         self.fc2.weight.grad, self.fc2.bias.grad = d_w2[None], torch.zeros_like(self.fc2.bias)
         return real_score.mean(), fake_score.mean(), penalty
 
 
-def activation_slope(pre: Tensor) -> Tensor:
-    """The derivative of EGGN's LeakyReLU at `pre`: 1 above zero, else SLOPE."""
-    return torch.where(pre > 0, 1.0, SLOPE)
+def times_slope(gradient: Tensor, pre: Tensor) -> Tensor:
+    """`gradient` by the derivative of EGGN's LeakyReLU at `pre`: 1 above zero, else SLOPE."""
+    return torch.ops.aten.leaky_relu_backward(gradient, pre, SLOPE, False)  # one kernel
 
 
 class Decoder(nn.Module):

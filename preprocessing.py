@@ -20,7 +20,7 @@ from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.word_vectors import attribute_vectors
 from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
 from scegg.features.backbones import OFFLINE, OWN_PIXELS, build_backbone, fold
-from scegg.features.extract import Backbone, default_workers, extract
+from scegg.features.extract import Backbone, compiled, default_workers, extract
 from scegg.features.feature_file import (
     FILTERS,
     Annotations,
@@ -58,6 +58,7 @@ def main(argv=None):
     provenance = make_provenance(options, weights, annotations.split, pixels.name, device)
     images = dataset_images(options, annotations.image_files)
     settings = provenance | {"batch_size": options.batch_size}
+    settings |= {"compile": True} if options.compile else {}
     parts = Parts(options.output, images.paths, options.compression, settings)
 
     with sole_job(options.output) as ranks:
@@ -68,8 +69,7 @@ def main(argv=None):
             parts.require_shared(ranks)
             parts.try_disk()
 
-            precision = getattr(torch, options.precision)
-            backbone = Backbone(pixels, fold(network), device, precision, options.batch_size)
+            backbone = make_backbone(options, pixels, network, device)
             speed = extract(backbone, images, parts, options)
         finally:
             parts.remove_if_empty()
@@ -163,6 +163,11 @@ def add_backbone_flags(parser: argparse.ArgumentParser):
         default="float32",
         help="of the backbone's arithmetic",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch compile the backbone first, which then rounds in another way",
+    )
 
 
 def add_speed_flags(parser: argparse.ArgumentParser):
@@ -237,6 +242,15 @@ def dataset_images(options: argparse.Namespace, tails: list[str]) -> Images:
     paths = [options.data_root / options.dataset / tail for tail in tails]
     transform = image_transform(options.img_size)
     return Images(paths, transform, options.num_workers, options.max_megapixels)
+
+
+def make_backbone(
+    options: argparse.Namespace, pixels: PixelNormalization, network: nn.Module, device
+) -> Backbone:
+    """The network as it runs. Raises UserError if it is to be compiled and cannot."""
+    precision = getattr(torch, options.precision)
+    backbone = Backbone(pixels, fold(network), device, precision, options.batch_size)
+    return compiled(backbone, options.img_size) if options.compile else backbone
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from benchmarks.flop import evaluation_cost
 from benchmarks.stages import Stage, Workbench, draw_labels
 from scegg.method import plain
 from scegg.method.embeddings import Embedding
-from scegg.method.evaluation import evaluate
+from scegg.method.evaluation import Evaluation
 
 
 def evaluation_stage(bench: Workbench, against_plain: bool) -> Stage:
@@ -24,7 +24,7 @@ def evaluation_stage(bench: Workbench, against_plain: bool) -> Stage:
     cost = evaluation_cost(s, config)
     return Stage(
         "evaluation, both classifiers",
-        partial(evaluate, *inputs),
+        partial(Evaluation(*inputs).scores, splits),
         "epoch",
         config.classifier_epochs,
         cost.flop,

@@ -13,6 +13,7 @@ from benchmarks.flop import (
     scen_flop,
 )
 from benchmarks.stages import Stage, Workbench
+from scegg.features.sampler import BalancedSampler
 from scegg.method import plain
 from scegg.method.scen import scen_step
 from scegg.method.steps import classifier_step
@@ -99,10 +100,12 @@ def eggn_stages(bench: Workbench) -> list[Stage]:
 
 
 def iteration(bench: Workbench, feedback: bool) -> Callable:
-    """A call of an EGGN iteration."""
-    eggn, draws = bench.eggn, (*bench.critic_draws(), *bench.generator_draws())
-    iterate = partial(eggn.iterate, feedback=feedback)
-    return as_trained(iterate, eggn, eggn.optimizers.values(), *draws)
+    """A call of an EGGN iteration, its draws included."""
+    eggn, x, y = bench.eggn, bench.x.flatten(0, 1), bench.y.flatten()
+    sampler = BalancedSampler(y, bench.s.B)
+    drawn = {"sampler": sampler, "unseen": bench.unseen, "feedback": feedback}
+    iterate = partial(eggn.draw_and_iterate, **drawn)
+    return as_trained(iterate, eggn, eggn.optimizers.values(), x, y)
 
 
 def as_trained(step: Callable, network, optimizers, *inputs) -> Callable:

@@ -35,7 +35,8 @@ def run(job: Job):
             "everything, uncompressed": partial(bench.whole, None),
             "everything, gzip": partial(bench.whole, "gzip"),
         }
-        seconds = Timer(device).medians(list(calls.values()), 3, AT_MOST)
+        repeats = 1 if job.small else 3
+        seconds = Timer(device).medians(list(calls.values()), repeats, AT_MOST)
         speeds = [len(paths) / one for one in seconds]
         for name, speed in zip(calls, speeds, strict=True):
             job.add(
@@ -48,7 +49,7 @@ def run(job: Job):
 
 def find_photographs(job: Job) -> list[Path]:
     """The first photographs of the folder asked for, else of TOY, rendered now."""
-    count = 10 if job.small else IMAGES
+    count = 5 if job.small else IMAGES
     folder = job.photographs
     if folder is None:
         folder = job.folder / "data"

@@ -41,7 +41,7 @@ def measure_stages(job: Job, precision: str, device, timer: Timer, ceilings: Cei
     bench = Workbench(size, config, device, raw)
     stages = [*training_stages(bench, True), evaluation_stage(bench, True)]
 
-    for record in measure(stages, device, timer, 5, ceilings, AT_MOST):
+    for record in measure(stages, device, timer, 1 if job.small else 5, ceilings, AT_MOST):
         job.add(
             **{
                 "stage": record["stage"],

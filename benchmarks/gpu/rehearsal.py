@@ -16,6 +16,7 @@ from scegg.config import Config
 from scegg.datasets.splits import Split
 from scegg.features.storage import Storage, choose_storage
 from scegg.method.embeddings import Embedding
+from scegg.run.checkpoint import PAUSE, SLOW
 from scegg.run.folder import RunFolder
 from scegg.run.pipeline import SPLITS
 from scegg.speed.allocator import keep_freed_memory
@@ -163,6 +164,8 @@ class Rehearsal:
             self.tell_passes(pipeline.of_epoch)
         self.tell_busy(pipeline)
         if self.device.type == "cuda":
+            for name, number in checkpoint.notes["graphs"].items():
+                self.tell(f"CUDA graphs: {name.replace('_', ' ')}", number, "")
             self.tell("peak GPU memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
             self.tell("the same with torch's cache", torch.cuda.max_memory_reserved() / 1e9, "GB")
 
@@ -178,9 +181,13 @@ class Rehearsal:
         a_save = statistics.median(saves[-3:])
         self.tell("a checkpoint", a_save, "s")
         iterations = config.nepoch * config.feedback_loop * pipeline.a_pass
-        count = iterations // config.checkpoint_every + len(saves)
+        eggn = config.nepoch * pipeline.epoch_seconds()
+        count = iterations // config.checkpoint_every
+        if a_save > SLOW:
+            count = min(count, int(eggn / (PAUSE * a_save)))
+        count += len(saves)
         stages = sum(pipeline.seconds_of(stage) for stage in ("scen", "embed", "distill"))
-        seconds = stages + config.nepoch * pipeline.epoch_seconds() + count * a_save
+        seconds = stages + eggn + count * a_save
         self.tell(f"{WHOLE_RUN} of {config.nepoch} epochs, extrapolated", seconds / 60, "min")
         self.tell(f"in it {count} checkpoints", count * a_save / 60, "min")
 

@@ -84,32 +84,124 @@ class Backbone:
             return self.network(images).float().contiguous()
 
 
+def compiled(backbone: Backbone, img_size: int) -> Backbone:
+    """The backbone with its network compiled by torch.
+
+    That is tried at once. Raises UserError where it fails, for instance without a C++ compiler.
+    """
+    backbone.network = torch.compile(backbone.network)
+    images = torch.zeros(backbone.at_once, 3, img_size, img_size, dtype=torch.uint8)
+    try:
+        with torch.inference_mode():
+            backbone(images)
+    except UserError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"torch cannot compile the backbone here ({first_line}): leave --compile out"
+        ) from None
+    return backbone
+
+
+class Waits:
+    """The seconds that the main thread spent on, or waited for, each part of the work."""
+
+    NAMES = ("decoding", "copies", "the backbone", "the disk")
+
+    def __init__(self):
+        self.began = time.perf_counter()
+        self.seconds = dict.fromkeys(self.NAMES, 0.0)
+
+    @contextlib.contextmanager
+    def on(self, name: str):
+        """Add the seconds spent within."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+    def __str__(self):
+        """One line that names the bound: what took most of the time."""
+        total = max(time.perf_counter() - self.began, 1e-9)
+        bound = max(self.seconds, key=self.seconds.get)
+        shares = [f"{name} {s / total:.0%}" for name, s in self.seconds.items()]
+        return f"the bound is {bound}: of {total:.1f} s, {', '.join(shares)}"
+
+
+class Copies:
+    """Copies to the device and back, beside the backbone's work: CUDA streams of their own.
+
+    On a CPU nothing is copied. Batches are pinned by the loader, maps by torch.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if on_gpu else None
+
+    def to_device(self, images: Tensor) -> tuple[Tensor, list]:
+        """The images on the device, and the event of their arrival."""
+        if self.streams is None:
+            return images, []
+        current, to_device = torch.cuda.current_stream(self.device), self.streams[0]
+        with torch.cuda.stream(to_device):
+            images = images.to(self.device, non_blocking=True)
+        current.wait_stream(to_device)
+        images.record_stream(current)
+        return images, [to_device.record_event()]
+
+    def to_host(self, *tensors: Tensor) -> tuple[list[Tensor], list]:
+        """The tensors on the host, and the events: they are made; they are there."""
+        if self.streams is None:
+            return list(tensors), []
+        made, to_host = torch.cuda.current_stream(self.device).record_event(), self.streams[1]
+        to_host.wait_event(made)
+        with torch.cuda.stream(to_host):
+            copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        for tensor in tensors:
+            tensor.record_stream(to_host)
+        return copies, [made, to_host.record_event()]
+
+
 class MapsOnTheirWay:
     """Maps (B, D, h, w) whose copy to the host has been asked for, but may not have ended.
 
-    The copy begins when the backbone is done with them.
+    events: of the images' arrival, then those of `Copies.to_host`; none on a CPU.
     """
 
-    def __init__(self, maps: Tensor):
+    def __init__(self, maps: Tensor, copies: Copies, images_there: list, waits: Waits):
+        self.waits = waits
         finite = torch.isfinite(maps.sum())  # a sum is finite only where every term is
-        self.maps = maps.to("cpu", non_blocking=True)
-        self.finite = finite.to("cpu", non_blocking=True)
-        self.arrival = torch.cuda.Event() if maps.is_cuda else None
-        if self.arrival:
-            self.arrival.record()
+        (self.maps, self.finite), events = copies.to_host(maps, finite)
+        self.events = images_there + events
 
     def arrived(self) -> np.ndarray:
         """The maps, once they are there. Raises UserError if one is not finite."""
-        if self.arrival:
-            self.arrival.synchronize()
+        waited_for = ("copies", "the backbone", "copies")
+        for name, event in zip(waited_for, self.events, strict=False):
+            with self.waits.on(name):
+                event.synchronize()
         if not self.finite:
             raise UserError("the backbone gave NaN or infinity: are --weights the right ones?")
         return self.maps.numpy()
 
 
+def waited_for(loaded: Iterable, waits: Waits) -> Iterator:
+    """The same items; the time until each is there counts as decoding."""
+    items = iter(loaded)
+    while True:
+        with waits.on("decoding"):
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
 @torch.inference_mode()
 def forward(
-    backbone: Backbone, loaded: Iterable[Tensor | Unreadable], batch_size: int
+    backbone: Backbone, loaded: Iterable[Tensor | Unreadable], batch_size: int, waits: Waits
 ) -> Iterator[list[np.ndarray]]:
     """Yield the maps of each load of images, a list of (batch_size, D, h, w) float32 on the host.
 
@@ -119,14 +211,19 @@ def forward(
 
     Raises UserError for an image that cannot be read, after the maps before it were yielded.
     """
-    waiting = []
-    for images in loaded:
+    waiting, copies = [], Copies(backbone.device)
+    for images in waited_for(loaded, waits):
         if isinstance(images, Unreadable):
             if waiting:  # they may be the last of a part
                 yield [maps.arrived() for maps in waiting]
             raise UserError(images)
 
-        started = [MapsOnTheirWay(backbone(batch)) for batch in images.split(batch_size)]
+        started = []
+        for batch in images.split(batch_size):
+            batch, there = copies.to_device(batch)
+            with waits.on("the backbone"):  # a GPU is only asked here
+                maps = backbone(batch)
+            started.append(MapsOnTheirWay(maps, copies, there, waits))
         if waiting:
             yield [maps.arrived() for maps in waiting]
         waiting = started
@@ -141,8 +238,8 @@ class WriteBehind:
     next one begins: the disk makes it safe while the first maps of the next are computed.
     """
 
-    def __init__(self, ahead: int):
-        self.ahead = ahead
+    def __init__(self, ahead: int, waits: Waits):
+        self.ahead, self.waits = ahead, waits
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.unfinished: deque[Future] = deque()
 
@@ -159,21 +256,24 @@ class WriteBehind:
         Raises what the writing of this part or of an earlier one has raised.
         """
         while self.unfinished and (len(self.unfinished) > 1 or self.unfinished[0].done()):
-            self.unfinished.popleft().result()
+            with self.waits.on("the disk"):
+                self.unfinished.popleft().result()
 
         queue = Queue(self.ahead)
         part = self.thread.submit(make, batches_from(queue))
         self.unfinished.append(part)
         try:
             for load in loads:
-                put(queue, load, part)
+                with self.waits.on("the disk"):
+                    put(queue, load, part)
         finally:
             put(queue, None, part)
 
     def finish(self):
         """Wait for the unfinished parts. Raises what their writing has raised."""
         while self.unfinished:
-            self.unfinished.popleft().result()
+            with self.waits.on("the disk"):
+                self.unfinished.popleft().result()
 
 
 def batches_from(queue: Queue) -> Iterator[np.ndarray]:
@@ -194,7 +294,8 @@ def put(queue: Queue, item, part: Future):
 def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     """Run this rank's share of the images through the backbone into parts.
 
-    options: batch_size and num_workers. Returns images per second.
+    options: batch_size and num_workers. Returns images per second, and prints what they were bound
+    by.
     """
     starts = parts.missing(*rank_of_ranks())
     on_gpu = backbone.device.type == "cuda"
@@ -207,18 +308,22 @@ def extract(backbone: Backbone, images: Images, parts: Parts, options) -> float:
     batches = [rows for start in starts for rows in loads[start]]
     loaded = load_batches(images, batches, options.num_workers, pinned=on_gpu)
     ahead = max(1, AHEAD * options.batch_size // at_once)
-    began = time.perf_counter()
+    waits = Waits()
     with (
         tqdm(total=count, desc="feature maps", unit="image", disable=None) as bar,
-        WriteBehind(ahead) as writer,
+        WriteBehind(ahead, waits) as writer,
         told_of_lost_workers(),
     ):
-        maps = forward(backbone, loaded, options.batch_size)
+        maps = forward(backbone, loaded, options.batch_size, waits)
         for start in starts:
             of_part = islice(maps, len(loads[start]))
             writer.write(partial(parts.make, start), counted(of_part, bar))
         writer.finish()
-    return count / (time.perf_counter() - began)
+
+    speed = count / (time.perf_counter() - waits.began)
+    if count:
+        print(waits)
+    return speed
 
 
 def split_rows(rows: range, at_once: int) -> list[list[int]]:

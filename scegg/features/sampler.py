@@ -9,7 +9,7 @@ class BalancedSampler:
 
     A batch holds min(Cs, B) distinct seen classes, and max(B // Cs, 1) images of each, drawn with
     replacement. So it need not hold B images (AWA2: 40); `batch_size` is what it does hold.
-    labels: (n,), those of trainval.
+    labels: (n,), those of trainval; batches are drawn on their device.
     """
 
     def __init__(self, labels: Tensor, batch_size: int):
@@ -22,10 +22,11 @@ class BalancedSampler:
         self.batch_size = self.classes * self.images
 
     def draw(self, batches: int) -> Tensor:
-        """Positions (batches, batch_size), all drawn at once from torch's CPU generator."""
-        shuffled = torch.rand(batches, len(self.counts)).argsort(dim=1)
+        """Positions (batches, batch_size), all drawn at once from the device's generator."""
+        device = self.order.device
+        shuffled = torch.rand(batches, len(self.counts), device=device).argsort(dim=1)
         classes = shuffled[:, : self.classes, None]
-        uniform = torch.rand(batches, self.classes, self.images)
+        uniform = torch.rand(batches, self.classes, self.images, device=device)
 
         # float32 rounding can carry uniform * count up to the count itself
         within = (uniform * self.counts[classes]).long()

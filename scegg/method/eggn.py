@@ -139,6 +139,12 @@ class EGGN(nn.Module):
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
 
+    def draw_and_iterate(
+        self, x: Tensor, y: Tensor, sampler: BalancedSampler, unseen: Tensor, feedback: bool
+    ) -> Tensor:
+        """One iteration on what it draws (`draw_iteration`). Returns LOSSES, on the device."""
+        return self.iterate(*draw_iteration(self, x, y, sampler, unseen), feedback=feedback)
+
     def iterate(self, *draws: Tensor, feedback: bool) -> Tensor:
         """One iteration on its `Draws`. Returns LOSSES, on the device."""
         draws = Draws(*draws)

@@ -72,12 +72,15 @@ class Scores(NamedTuple):
     """What the softmax classifiers reach after each of their E epochs, as fractions.
 
     czsl (E,); gzsl (E, 2) holds U and S, or is None; linear: the GZSL classifier after its last
-    epoch, to draw the seen-unseen curve from.
+    epoch, to draw the seen-unseen curve from before the next evaluation.
+    kept: "picked" -> the classifiers of the epochs that are reported, "last" -> those of the last
+    epoch; each kind ("czsl" and, if it was evaluated, "gzsl") -> {"weight": (C, d), "bias": (C,)}.
     """
 
     czsl: Tensor
     gzsl: Tensor | None
     linear: nn.Linear | None
+    kept: dict | None = None
 
     def best_epochs(self) -> tuple[int, int]:
         """The classifier epochs, from 0, of the best acc_zs and of the best H (0 without GZSL)."""
@@ -93,100 +96,181 @@ class Scores(NamedTuple):
 # ---- the softmax classifiers
 
 
-def fit_softmax(
-    x: Tensor, y: Tensor, classes: int, config: Config, score
-) -> tuple[Tensor, nn.Linear]:
-    """Train a linear softmax classifier on x (n, d), y (n,) < classes; score it after every epoch.
+class Kept:
+    """A copy of a classifier at its best epoch, the first of equals, or at a `chosen` one.
 
-    Weights N(0, 0.02), Adam(classifier_lr, betas (0.5, 0.999)), batches of syn_num. score(linear)
-    returns a tensor. Returns those of all epochs, stacked, on the device, and the classifier.
+    Which epoch that is stays on the device: nothing waits for it.
     """
-    linear = nn.Linear(x.shape[1], classes, device=x.device)
-    nn.init.normal_(linear.weight, 0.0, 0.02)
-    nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.Adam(
-        linear.parameters(),
-        lr=config.classifier_lr,
-        betas=(0.5, 0.999),
-        fused=True,
-        capturable=x.is_cuda,
-    )
 
-    def step_on(batch: Tensor) -> Tensor:
-        return classifier_step(linear, optimizer, x.index_select(0, batch), y[batch])
+    def __init__(self, linear: nn.Linear, chosen: int | None = None):
+        self.linear, self.chosen, self.epoch = linear, chosen, -1
+        self.best, self.picked = -1.0, copy_of(linear)
 
-    step = graphed(step_on, linear, [optimizer])
-    meter, scores = LossMeter("the softmax classifier", "loss"), []
-    for _ in range(config.classifier_epochs):
-        for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):
-            meter.add(step(batch))
-        with torch.no_grad():
-            scores.append(score(linear))
+    def look(self, accuracy: Tensor):
+        """Take the classifier, if it is the one; accuracy: the number that it is picked by."""
+        self.epoch += 1
+        better = accuracy > self.best
+        if self.chosen is not None:
+            better = torch.full_like(better, self.epoch == self.chosen)
 
-    meter.read()  # raises at a loss that is not finite
-    return torch.stack(scores), linear
+        self.best = accuracy.clamp(min=self.best)
+        for name, tensor in self.picked.items():
+            now = getattr(self.linear, name).detach()
+            self.picked[name] = torch.where(better, now, tensor)
+
+
+def copy_of(linear: nn.Linear) -> dict[str, Tensor]:
+    """Weight and bias of a classifier as they are now."""
+    return {name: tensor.detach().clone() for name, tensor in linear.named_parameters()}
+
+
+class SoftmaxClassifier:
+    """A linear softmax classifier that each evaluation of a run trains anew.
+
+    Weights, Adam and, on CUDA, the graph of an epoch are made once, so nothing is captured twice.
+    x (n, d) and y (n,) < classes: what it learns. x is filled before each `fit`.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, classes: int, config: Config):
+        self.x, self.y, self.config = x, y, config
+        # its weights are drawn by `fit`
+        self.linear = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=x.device)
+        self.optimizer = torch.optim.Adam(
+            self.linear.parameters(),
+            lr=config.classifier_lr,
+            betas=(0.5, 0.999),
+            fused=True,
+            capturable=x.is_cuda,
+        )
+        steps = -(-len(x) // config.syn_num)
+        self.epoch = graphed(self.train_epoch, self.linear, [self.optimizer], steps)
+
+    def fit(self, score, chosen: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train from first weights N(0, 0.02); score after every epoch.
+
+        score(linear) returns acc_zs, or U and S. Returns those of all epochs, stacked, on the
+        device, and the weights of the best epoch (of the `chosen` one).
+        Raises UserError for a loss that is not finite.
+        """
+        self.start_anew()
+        meter, scores = LossMeter("the softmax classifier", "loss"), []
+        kept = Kept(self.linear, chosen)
+
+        for _ in range(self.config.classifier_epochs):
+            meter.add(self.epoch())
+            with torch.no_grad():
+                scores.append(score(self.linear))
+            kept.look(harmonic_mean(*scores[-1]) if scores[-1].dim() else scores[-1])
+
+        meter.read()  # raises at a loss that is not finite
+        return torch.stack(scores), kept.picked
+
+    def start_anew(self):
+        """First weights and Adam's first state, in place: a graph knows them by their addresses."""
+        self.linear.reset_parameters()  # not used, but drawn: random streams stay as they were
+        nn.init.normal_(self.linear.weight, 0.0, 0.02)
+        nn.init.zeros_(self.linear.bias)
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+
+    def train_epoch(self) -> Tensor:
+        """All steps of an epoch, in batches of syn_num; returns their losses (steps,)."""
+        order = torch.randperm(len(self.x), device=self.x.device)
+        losses = [
+            classifier_step(
+                self.linear, self.optimizer, self.x.index_select(0, batch), self.y[batch]
+            )
+            for batch in order.split(self.config.syn_num)
+        ]
+        return torch.stack(losses)
+
+
+class Evaluation:
+    """Synthesises unseen features, trains the softmax classifiers on them, and scores these.
+
+    CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
+    all classes. It is made once in a run, so it keeps the classifiers and their inputs.
+    embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
+    """
+
+    def __init__(
+        self, eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
+    ):
+        self.eggn, self.unseen, self.config = eggn, unseen, config
+        trainval = embeddings["trainval"]
+        y = unseen.repeat_interleave(config.syn_num)
+        self.real = len(trainval.y) if config.gzsl else 0
+
+        # the real features first: CZSL learns from what comes after them
+        d = eggn.classifier_input(trainval.x[:1]).shape[1]
+        self.x = trainval.x.new_empty(self.real + len(y), d)
+        target = torch.searchsorted(unseen, y)
+        self.czsl = SoftmaxClassifier(self.x[self.real :], target, len(unseen), config)
+        if config.gzsl:
+            y = torch.cat([trainval.y, y])
+            self.gzsl = SoftmaxClassifier(self.x, y, len(eggn.att), config)
+
+    def scores(
+        self, embeddings: dict[str, Embedding], chosen: dict[str, int] | None = None
+    ) -> Scores:
+        """Train and score anew. chosen: the epochs to keep of "czsl" and "gzsl", if not the best.
+
+        Raises UserError for a loss that is not finite.
+        """
+        chosen = chosen or {}
+        self.fill(embeddings["trainval"].x)
+        tests = {
+            name: (self.eggn.classifier_input(embeddings[name].x), embeddings[name].y)
+            for name in ("test_unseen", "test_seen")
+            if self.config.gzsl or name == "test_unseen"
+        }
+
+        czsl, picked = self.czsl.fit(self.score_czsl(*tests["test_unseen"]), chosen.get("czsl"))
+        kept = {"picked": {"czsl": picked}, "last": {"czsl": copy_of(self.czsl.linear)}}
+        if not self.config.gzsl:
+            return Scores(czsl, None, None, kept)
+
+        gzsl, picked = self.gzsl.fit(self.score_gzsl(tests), chosen.get("gzsl"))
+        kept["picked"]["gzsl"], kept["last"]["gzsl"] = picked, copy_of(self.gzsl.linear)
+        return Scores(czsl, gzsl, self.gzsl.linear, kept)
+
+    def fill(self, trainval_x: Tensor):
+        """The classifiers' inputs, by EGGN as it is now."""
+        fake, _ = self.eggn.synthesize_classes(self.unseen, self.config.syn_num)
+        self.x[self.real :] = self.eggn.classifier_input(fake)
+        if self.real:
+            self.x[: self.real] = self.eggn.classifier_input(trainval_x)
+
+    def score_czsl(self, real: Tensor, y: Tensor):
+        """What gives a classifier's acc_zs on the unseen classes' test images (n, d)."""
+        target = torch.searchsorted(self.unseen, y)
+
+        def score(linear: nn.Linear) -> Tensor:
+            return per_class_accuracy(target, linear(real).argmax(dim=1), len(self.unseen))
+
+        return score
+
+    def score_gzsl(self, tests: dict[str, tuple[Tensor, Tensor]]):
+        """What gives a classifier's (U, S) on the test images (n, d) and labels (n,) by split."""
+        classes = len(self.eggn.att)
+        bias = self.config.seen_bias * seen_columns(classes, self.unseen)
+
+        def score(linear: nn.Linear) -> Tensor:
+            accuracies = [
+                per_class_accuracy(y, (linear(x) - bias).argmax(dim=1), classes)
+                for x, y in (tests["test_unseen"], tests["test_seen"])
+            ]
+            return torch.stack(accuracies)
+
+        return score
 
 
 def evaluate(
     eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
 ) -> Scores:
-    """Synthesise unseen features, train the classifiers on them, score these after every epoch.
-
-    CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
-    all classes. embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
-    """
-    trainval, test_unseen = embeddings["trainval"], embeddings["test_unseen"]
-    fake, fake_y = eggn.synthesize_classes(unseen, config.syn_num)
-    fake = eggn.classifier_input(fake)
-    real_unseen = eggn.classifier_input(test_unseen.x)
-
-    czsl = czsl_scores(fake, fake_y, real_unseen, test_unseen.y, unseen, config)
-    if not config.gzsl:
-        return Scores(czsl, None, None)
-
-    test_seen = embeddings["test_seen"]
-    tests = {
-        "unseen": (real_unseen, test_unseen.y),
-        "seen": (eggn.classifier_input(test_seen.x), test_seen.y),
-    }
-    train_x = torch.cat([eggn.classifier_input(trainval.x), fake])
-    train_y = torch.cat([trainval.y, fake_y])
-    gzsl, linear = gzsl_scores(train_x, train_y, tests, unseen, len(eggn.att), config)
-    return Scores(czsl, gzsl, linear)
-
-
-def czsl_scores(
-    fake: Tensor, fake_y: Tensor, real: Tensor, real_y: Tensor, unseen: Tensor, config: Config
-) -> Tensor:
-    """acc_zs (E,) after each epoch of a classifier of the unseen classes.
-
-    fake, real (n, d) classifier inputs: synthetic ones to train on, test images to score.
-    """
-    target = torch.searchsorted(unseen, real_y)
-
-    def score(linear: nn.Linear) -> Tensor:
-        return per_class_accuracy(target, linear(real).argmax(dim=1), len(unseen))
-
-    scores, _ = fit_softmax(fake, torch.searchsorted(unseen, fake_y), len(unseen), config, score)
-    return scores
-
-
-def gzsl_scores(
-    train_x: Tensor, train_y: Tensor, tests: dict, unseen: Tensor, classes: int, config: Config
-) -> tuple[Tensor, nn.Linear]:
-    """(U, S) (E, 2) after each epoch of a classifier of all classes, and the last classifier.
-
-    tests: "unseen" and "seen" -> (classifier inputs (n, d), labels (n,)).
-    """
-    bias = config.seen_bias * seen_columns(classes, unseen)
-
-    def accuracy(linear: nn.Linear, x: Tensor, y: Tensor) -> Tensor:
-        return per_class_accuracy(y, (linear(x) - bias).argmax(dim=1), classes)
-
-    def score(linear: nn.Linear) -> Tensor:
-        return torch.stack([accuracy(linear, *tests["unseen"]), accuracy(linear, *tests["seen"])])
-
-    return fit_softmax(train_x, train_y, classes, config, score)
+    """The scores of a single `Evaluation`."""
+    return Evaluation(eggn, embeddings, unseen, config).scores(embeddings)
 
 
 # ---- the seen-unseen curve

@@ -14,7 +14,7 @@ The fast code does the same with less work, and tests/method/test_parity.py hold
     gradient_penalty                Critic.loss_gradients in model.py
     iteration, synthesize           EGGN.iterate and EGGN.synthesize_classes in eggn.py
     accuracy                        per_class_accuracy in evaluation.py
-    fit_softmax, evaluate           the same names in evaluation.py
+    fit_softmax, evaluate           SoftmaxClassifier and Evaluation in evaluation.py
 
 benchmarks/plain_run.py makes a whole run of these lines.
 

@@ -33,14 +33,14 @@ class LossMeter:
         self.loaded = torch.empty(0, len(names))  # rows of a resumed run, on the host
 
     def add(self, losses: Tensor):
-        """The next step's losses (len(names),)."""
-        self.rows.append(losses.reshape(-1))
+        """The losses of the next step (len(names),), or of the next few (steps, len(names))."""
+        self.rows.append(losses.reshape(-1, len(self.names)))
 
     def table(self) -> Tensor:
         """The losses (steps, names) on the host. Raises UserError at the first NaN or infinity."""
         table = self.loaded
         if self.rows:
-            table = torch.cat([self.loaded, torch.stack(self.rows).cpu()])
+            table = torch.cat([self.loaded, torch.cat(self.rows).cpu()])
 
         if not torch.isfinite(table).all():
             row, column = (~torch.isfinite(table)).nonzero()[0].tolist()

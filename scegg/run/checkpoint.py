@@ -18,6 +18,9 @@ from tqdm import tqdm
 
 from util import UserError, load_tensors, save_tensors
 
+PAUSE = 10  # times what a slow save took: so long no other is made without need
+SLOW = 1.0  # seconds that make a save slow
+
 # what a checkpoint remembers of a run from its start, and the type of each
 REQUIRED_NOTES = {"features": str, "logged": int, "wandb_id": str}
 
@@ -92,6 +95,7 @@ class Checkpoint:
         self.identity = identity
         self.notes, self.done, self.waiting = saved["notes"], saved["steps"], saved["parts"]
         self.phase, self.parts, self.signum = "", {}, None
+        self.saved_at, self.save_took = time.monotonic(), 0.0
 
     def begin(self, phase: str):
         """Start a phase of the run: the stages come again, and nothing of the last one is kept."""
@@ -127,6 +131,7 @@ class Checkpoint:
         Raises UserError when a loss (LossMeter) or a weight is not finite: no checkpoint is ever
         made of a run that has gone wrong.
         """
+        began = time.monotonic()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
@@ -139,6 +144,13 @@ class Checkpoint:
             "steps": self.done,
         }
         save_tensors(self.path, state)
+        self.saved_at = time.monotonic()
+        self.save_took = self.saved_at - began
+
+    def saved_just_now(self) -> bool:
+        """Whether saving again would take more than a tenth of a run's time."""
+        pause = PAUSE * self.save_took
+        return self.save_took > SLOW and time.monotonic() - self.saved_at < pause
 
     def check_finite(self, name: str, network: nn.Module):
         """Raises UserError if a weight of the network holds NaN or infinity."""
@@ -163,8 +175,8 @@ class Checkpoint:
     def steps(self, stage: str, total: int, every: int, unit: str) -> Iterator[int]:
         """The steps, from 1 to total, that a stage has still to do, behind a progress bar.
 
-        Between them the state is saved every `every` steps, and when a signal came. After a signal
-        it raises Stopped, once the state is safe.
+        Between them the state is saved every `every` steps, less often where saving is slow, and
+        when a signal came. After a signal it raises Stopped, once the state is safe.
         """
         stage = self.phase + stage
         done = self.done.setdefault(stage, 0)
@@ -177,7 +189,8 @@ class Checkpoint:
                 self.done[stage] = step
                 bar.update()
 
-                if step % every == 0 or step == total or self.signum:
+                is_due = step % every == 0 and not self.saved_just_now()
+                if is_due or step == total or self.signum:
                     self.save()
                 if self.signum:
                     raise Stopped(self.signum)

@@ -12,12 +12,12 @@ from scegg.datasets.splits import Split, validation_split
 from scegg.features.reader import Features
 from scegg.features.sampler import BalancedSampler
 from scegg.features.storage import FeatureMaps, Storage
-from scegg.method.eggn import EGGN, LOSSES, Schedule, draw_iteration
+from scegg.method.eggn import EGGN, LOSSES, Schedule
 from scegg.method.embeddings import Embedding, Embeddings, embed_splits
 from scegg.method.evaluation import (
+    Evaluation,
     Metrics,
     area_under,
-    evaluate,
     logits_metrics,
     seen_unseen_curve,
 )
@@ -27,7 +27,7 @@ from scegg.method.steps import LossMeter
 from scegg.run.checkpoint import Checkpoint
 from scegg.run.joint import Joint
 from scegg.run.summary import metrics_line
-from scegg.speed.cuda_graphs import graphed
+from scegg.speed.cuda_graphs import count_steps, graphed
 from util import seed_stream
 
 SPLITS = ("trainval", "test_seen", "test_unseen")
@@ -71,10 +71,12 @@ class Pipeline:
         self.unseen = torch.from_numpy(split.unseen).to(device)
         self.att = torch.from_numpy(split.att).to(device)
         self.sampler = BalancedSampler(self.labels["trainval"].cpu(), config.batch_size)
+        count_steps(checkpoint.notes.setdefault("graphs", {}))
 
         self.make_networks()
         self.embeddings = Embeddings(device)
         self.selection = Selection(config.gzsl, choice)
+        self.evaluation = None  # made by the first one
         checkpoint.track(
             scen=self.scen,
             classifier=self.classifier,
@@ -212,14 +214,7 @@ class Pipeline:
         """Stage 3: EGGN, evaluated after the epochs that count."""
         config, checkpoint = self.config, self.checkpoint
         meter = self.make_eggn()
-        iterate = {
-            feedback: graphed(
-                partial(self.eggn.iterate, feedback=feedback),
-                self.eggn,
-                self.eggn.optimizers.values(),
-            )
-            for feedback in (False, True)
-        }
+        iterate = self.iterations()
 
         a_pass = -(-len(self.labels["trainval"]) // self.sampler.batch_size)
         schedule = Schedule(a_pass, config.feedback_loop, config.nepoch)
@@ -232,14 +227,24 @@ class Pipeline:
             feedback = schedule.in_second_pass(step) and config.a1 > 0
             trainval = self.embeddings["trainval"]
             seed_stream(config.seed, "eggn", step)
-            draws = draw_iteration(self.eggn, trainval.x, trainval.y, self.sampler, self.unseen)
-            meter.add(iterate[feedback](*draws))
+            meter.add(iterate[feedback](trainval.x, trainval.y))
 
             if joint:
                 joint.follow(step)
             if schedule.ends_epoch(step):
                 losses = meter.read() | {"lambda1": self.eggn.lambda1.item()}
                 self.end_epoch(schedule.epoch(step), losses)
+
+    def iterations(self) -> dict[bool, Callable[[Tensor, Tensor], Tensor]]:
+        """EGGN's iteration on trainval's (x, y), without and with feedback."""
+        # on the device: a CUDA graph can draw from its generator alone
+        sampler = BalancedSampler(self.labels["trainval"], self.config.batch_size)
+        step = partial(self.eggn.draw_and_iterate, sampler=sampler, unseen=self.unseen)
+        optimizers = self.eggn.optimizers.values()
+        return {
+            feedback: graphed(partial(step, feedback=feedback), self.eggn, optimizers)
+            for feedback in (False, True)
+        }
 
     def make_eggn(self) -> LossMeter:
         """EGGN and the meter of its losses, both tracked by the checkpoint."""
@@ -271,8 +276,11 @@ class Pipeline:
         """
         phase, notes = self.checkpoint.phase, self.checkpoint.notes
         seed_stream(self.config.seed, "evaluate", epoch)
+        chosen = {kind: number for kind, (_, number) in self.selection.choice.items()}
         with self.checkpoint.timed(f"{phase}evaluate"):
-            scores = evaluate(self.eggn, self.embeddings, self.unseen, self.config)
+            if self.evaluation is None:
+                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, self.config)
+            scores = self.evaluation.scores(self.embeddings, chosen)
             values = self.selection.update(epoch, scores)
 
         if scores.linear and not phase and epoch == self.config.nepoch:

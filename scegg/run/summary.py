@@ -44,6 +44,8 @@ def summarise(
     }
 
     summary |= without_none({name: notes.get(name) for name in ("scen_from", "ausuc")})
+    if any(notes["graphs"].values()):  # a CPU has none
+        summary["graphs"] = notes["graphs"]
     summary |= notes.get("validation", {})
     for name in ("local", "global"):
         metrics = notes.get(name, {})

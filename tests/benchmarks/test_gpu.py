@@ -1,6 +1,8 @@
 """`python -m benchmarks.gpu` without a GPU: its parts, however they end, and what it writes."""
 
 import argparse
+import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -10,12 +12,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_fakes
 import pytest
 import torch
 
 from benchmarks.flop import SIZES, run_cost
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import rehearsal
+from benchmarks.gpu import rehearsal, toy
 from benchmarks.gpu.made_up import MadeUpFeatures, make_split
 from benchmarks.gpu.page import NOMINAL, NOMINAL_BYTES, page_of
 from benchmarks.gpu.parts import MINUTES, PARTS, Job, Outcome, Part
@@ -179,30 +182,60 @@ def rehearse(output: Path, *more: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_command_runs_some_parts_without_a_gpu(tmp_path):
-    done = rehearse(tmp_path, "--parts", "parity,cub")
+    done = rehearse(tmp_path, "--parts", "tests,parity")
     parts = read_record(tmp_path)["parts"]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(parts) == ["parity", "cub"] and all(part["rows"] for part in parts.values())
+    assert list(parts) == ["tests", "parity"] and all(part["rows"] for part in parts.values())
+    assert {row["outcome"] for row in parts["tests"]["rows"]} == {"skipped"}
     assert "no figures of a GPU" in (tmp_path / "benchmark_gpu_rehearsal.md").read_text()
+
+
+def run_part_here(part, limit, job, tell):
+    """A part in this process, which has imported all that it needs."""
+    began = time.time()
+    job = dataclasses.replace(job, until=began + limit)
+    module, _, function = part.function.partition(":")
+    getattr(importlib.import_module(module), function)(job, **part.settings)
+    return Outcome("done", time.time() - began, job.rows)
+
+
+@pytest.mark.slow
+def test_every_other_part_runs_without_a_gpu(tmp_path, monkeypatch):
+    """In this process, and TOY's commands as forks of one: starting Python takes seconds."""
+    monkeypatch.setattr(command, "run_part", run_part_here)
+    monkeypatch.setattr(toy.ToyCommands, "start", gpu_fakes.start_fork)
+    others = [part.name for part in PARTS if part.name not in ("tests", "parity")]
+    try:
+        command.main(["--small", "--output", str(tmp_path), "--parts", ",".join(others)])
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert list(read_record(tmp_path)["parts"]) == others
+    check_rehearsal(tmp_path)
 
 
 @pytest.mark.long
 def test_the_whole_command_runs_without_a_gpu(tmp_path):
+    """As it is started by hand."""
     docs = {path: path.stat().st_mtime_ns for path in (ROOT / "docs").rglob("*")}
     done = rehearse(tmp_path)
     parts = read_record(tmp_path)["parts"]
     errors = {name: part["error"] for name, part in parts.items() if part["error"]}
     assert done.returncode == 0 and not errors, done.stdout + done.stderr
+    assert {row["outcome"] for row in parts["tests"]["rows"]} == {"skipped"}
     assert list(parts) == [part.name for part in PARTS] and all(p["rows"] for p in parts.values())
     assert {path: path.stat().st_mtime_ns for path in (ROOT / "docs").rglob("*")} == docs
+    check_rehearsal(tmp_path)
 
-    page = (tmp_path / "benchmark_gpu_rehearsal.md").read_text()
+
+def check_rehearsal(output):
+    """What the page and the record of a rehearsal hold of the parts that measure."""
+    parts = read_record(output)["parts"]
+    page = (output / "benchmark_gpu_rehearsal.md").read_text()
     assert "no figures of a GPU" in page and "## Targets" not in page
     for name in ("cub", "cub_tf32", "sun", "awa2", "awa2_24gb"):
         measured = {row["measure"] for row in parts[name]["rows"]}
         assert {"evaluation", "whole run of 3 epochs, extrapolated", "a checkpoint"} <= measured
     assert any("busy, pass 2" in row["measure"] for row in parts["cub"]["rows"])
-    assert {row["outcome"] for row in parts["tests"]["rows"]} == {"skipped"}
     assert {row["precision"] for row in parts["preprocessing"]["rows"] if "precision" in row} == {
         "float32",
         "bfloat16",

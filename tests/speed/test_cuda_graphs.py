@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from helpers import ROOT, SMALL_RUN, flags, run_training
+from helpers import ROOT, SMALL_RUN, flags, read_summary, run_training
 from model import SCEN, global_classifier
 from scegg.config import read_config
 from scegg.features.sampler import BalancedSampler
-from scegg.method.eggn import EGGN, draw_iteration
+from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
-from scegg.method.evaluation import fit_softmax
+from scegg.method.evaluation import Kept, SoftmaxClassifier
 from scegg.method.scen import fit_global_classifier, rmsprop, scen_step
 from scegg.method.steps import classifier_step
-from scegg.speed.cuda_graphs import WARM_UP, GraphedStep, graphed
+from scegg.run.checkpoint import Checkpoint
+from scegg.speed.cuda_graphs import COUNTED, WARM_UP, GraphedStep, Input, graphed
 from util import UserError
 
 SUN = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
@@ -30,9 +31,10 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def no_graph_was_refused_before(monkeypatch):
     monkeypatch.setattr(GraphedStep, "refused", False)
     monkeypatch.setattr(GraphedStep, "first_graph", None)
+    monkeypatch.setattr(GraphedStep, "counts", dict.fromkeys(COUNTED, 0))
 
 
-def as_it_is(step, network, optimizers):
+def as_it_is(step, network, optimizers, steps=1):
     return step
 
 
@@ -47,16 +49,15 @@ def trained(iterations, device, form=as_it_is):
     x = torch.rand(len(y), 24).to(device)
     eggn = EGGN(24, att, global_classifier(24, 16, 9).to(device), CONFIG).to(device)
 
-    iterate = []
+    y = y.to(device)
+    iterate, sampler = [], BalancedSampler(y, 7)
     for feedback in (False, True):
-        step = partial(eggn.iterate, feedback=feedback)
+        step = partial(eggn.draw_and_iterate, sampler=sampler, unseen=unseen, feedback=feedback)
         iterate.append(form(step, eggn, eggn.optimizers.values()))
 
-    sampler = BalancedSampler(y, 7)
     for step in range(iterations):
         torch.manual_seed(step)
-        draws = draw_iteration(eggn, x, y.to(device), sampler, unseen)
-        losses = iterate[step >= iterations // 2](*draws)
+        losses = iterate[step >= iterations // 2](x, y)
     return eggn, losses, iterate
 
 
@@ -71,7 +72,8 @@ def no_graph(iterate):
 
 
 def classified(device):
-    """A softmax classifier's scores and weights, then a distilled classifier's weights.
+    """The scores of a softmax classifier that is trained three times, its weights, then a
+    distilled classifier's weights.
 
     The softmax classifier's epochs end with a smaller batch.
     """
@@ -81,7 +83,8 @@ def classified(device):
     config = dataclasses.replace(
         CONFIG, syn_num=4, classifier_epochs=3, distill_iterations=12, batch_size=5
     )
-    scores, linear = fit_softmax(x, y, 5, config, lambda linear: linear(x).sum())
+    softmax = SoftmaxClassifier(x, y, 5, config)
+    scores = [softmax.fit(lambda linear: linear(x).sum())[0] for _ in range(3)]
 
     classifier = global_classifier(24, 16, 9).to(device)
     checkpoint = SimpleNamespace(
@@ -93,7 +96,7 @@ def classified(device):
     sampler = BalancedSampler(y.cpu(), 5)
     trainval = Embedding(x, logits, y)
     fit_global_classifier(classifier, trainval, sampler, config, checkpoint, lambda *_: None)
-    return [scores, *linear.parameters(), *classifier.parameters()]
+    return [*scores, *softmax.linear.parameters(), *classifier.parameters()]
 
 
 class Recording:
@@ -130,13 +133,13 @@ def recorded(monkeypatch):
     monkeypatch.setattr(Recording, "calls", [])
     monkeypatch.setattr(Recording, "replays", 0)
 
-    def form(step, network, optimizers):
+    def form(step, network, optimizers, steps=1):
         def noted(*inputs):
             losses = step(*inputs)
             Recording.calls.append((step, inputs, losses))
             return losses
 
-        return GraphedStep(noted, network, optimizers)
+        return GraphedStep(noted, network, optimizers, steps)
 
     return form
 
@@ -150,13 +153,81 @@ def test_a_graph_stands_for_the_steps_after_its_capture(recorded):
 
 
 def test_classifiers_are_the_same_by_graphs(recorded, monkeypatch):
-    """Also where an epoch's last batch is smaller than the graph's."""
+    """A graph of whole epochs, each drawn anew, serves a classifier that is trained again."""
     expected = classified("cpu")
     monkeypatch.setattr("scegg.method.scen.graphed", recorded)
     monkeypatch.setattr("scegg.method.evaluation.graphed", recorded)
     by_graphs = classified("cpu")
     assert all(torch.equal(*pair) for pair in zip(by_graphs, expected, strict=True))
-    assert Recording.replays == 3 * 8 - WARM_UP + 12 - WARM_UP
+    epochs, steps = 3 * 3, 12
+    assert Recording.replays == epochs - WARM_UP + steps - WARM_UP
+    assert GraphedStep.counts == {
+        "captures": 2,
+        "steps_in_graphs": 9 * (epochs - WARM_UP - 1) + steps - WARM_UP - 1,
+        "ordinary_steps": 9 * (WARM_UP + 1) + WARM_UP + 1,
+    }
+
+
+def one_run(features, runs, **changes):
+    """A small run with feedback and eight evaluations; its metrics file, its summary."""
+    settings = {"nepoch": 8, "a1": 0.5, "classifier_epochs": 2} | changes
+    run_on(features, runs, device="cpu", wandb="disabled", **settings)
+    (folder,) = runs.glob("*/*/")
+    return (folder / "metrics.jsonl").read_bytes(), read_summary(folder)
+
+
+def test_a_run_captures_each_graph_once_and_is_the_same(features, tmp_path, recorded, monkeypatch):
+    """Distillation's step, EGGN's iteration in both passes, and the epoch of either classifier."""
+    metrics, summary = one_run(features, tmp_path / "ordinary")
+    assert "graphs" not in summary and not Recording.calls
+
+    for module in ("method.scen", "method.evaluation", "run.pipeline"):
+        monkeypatch.setattr(f"scegg.{module}.graphed", recorded)
+    by_graphs, summary = one_run(features, tmp_path / "graphs")
+    assert by_graphs == metrics
+    assert summary["graphs"]["captures"] == 5
+    assert summary["graphs"]["steps_in_graphs"] > summary["graphs"]["ordinary_steps"] > 0
+
+
+def test_inputs_are_copied_when_they_changed():
+    given = torch.zeros(3)
+    first = Input.of(given)
+    assert first.own is not given and first.now(given) is first
+
+    given[1] = 1
+    second = first.now(given)
+    assert second is not first and second.own is first.own and first.own[1] == 1
+    third = second.now(torch.ones(3))
+    assert third.own is first.own and first.own.sum() == 3
+
+
+def test_steps_before_a_capture_go_to_a_side_stream(recorded, monkeypatch):
+    """And no others: each stream waits for the other around them."""
+    log = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    def recorded_step(x):
+        log.append("step")
+        return x.sum()
+
+    step = recorded(recorded_step, torch.nn.Linear(2, 2), [])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "current_stream", lambda: Stream("current"))
+        patch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        for _ in range(WARM_UP):
+            step(torch.ones(3))
+    assert log == ["side waits for current", "step", "current waits for side"] * WARM_UP
+    log.clear()
+    step(torch.ones(3))
+    assert step.captured and set(log) == {"step"}
 
 
 def test_where_capturing_fails_iterations_stay_ordinary_ones(capsys):
@@ -216,6 +287,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
     """
     # tensors without values cannot be moved
     monkeypatch.setattr(torch.nn.Module, "to", lambda network, device: network)
+    monkeypatch.setattr(torch.nn.utils, "skip_init", lambda kind, *sizes, device: kind(*sizes))
     y = torch.tensor([0, 1, 2, 3, 4, 5, 6]).repeat(8)
     sampler = BalancedSampler(y, 7)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -229,11 +301,36 @@ def test_no_step_waits_for_the_device(monkeypatch):
 
         eggn = EGGN(24, torch.rand(9, 11), classifier, CONFIG).to("cpu")
         for feedback in (False, True):
-            draws = draw_iteration(eggn, g, y, sampler, torch.arange(7, 9))
-            eggn.iterate(*draws, feedback=feedback)
-        eggn.synthesize_classes(torch.arange(7, 9), 5)
+            eggn.draw_and_iterate(g, y, sampler, torch.arange(7, 9), feedback)
+        fake, fake_y = eggn.synthesize_classes(torch.arange(7, 9), 5)
+
+        softmax = SoftmaxClassifier(eggn.classifier_input(fake), fake_y, 9, CONFIG)
+        softmax.start_anew()
+        losses = softmax.train_epoch()
+        for chosen in (None, 1):
+            Kept(softmax.linear, chosen).look(losses[0])
         with pytest.raises(DataDependentOutputException):
             bool(g.sum() > 0)
+
+
+@pytest.mark.parametrize("precision, on_cuda", [("high", "tf32"), ("medium", "tf32")])
+def test_the_precision_of_products_holds_in_every_stage(
+    features, tmp_path, monkeypatch, precision, on_cuda
+):
+    """What torch would compute with on CUDA, which needs none to be asked; medium is TF32 there."""
+    seen, timed = {}, Checkpoint.timed
+
+    def noting(checkpoint, name):
+        seen[name] = torch.backends.cuda.matmul.fp32_precision
+        return timed(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "timed", noting)
+    try:
+        run_on(features, tmp_path, device="cpu", nepoch=1, matmul_precision=precision)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen.keys() >= {"scen", "embed", "distill", "score", "eggn", "evaluate"}
+    assert set(seen.values()) == {on_cuda}
 
 
 @needs_cuda
@@ -261,8 +358,8 @@ def test_classifiers_on_the_gpu_are_the_same_by_graphs(monkeypatch, capsys):
 
 def run_on(features, tmp_path, **settings):
     """A small run on a feature file."""
-    settings |= {"features": features, "runs": tmp_path / "runs", "data_root": "none"}
-    run_training("CUB", "sun_gzsl.yaml", flags(**settings, **SMALL_RUN))
+    places = {"features": features, "runs": tmp_path / "runs", "data_root": "none"}
+    run_training("CUB", "sun_gzsl.yaml", flags(**SMALL_RUN | places | settings))
 
 
 @needs_cuda
