@@ -73,11 +73,14 @@ class Scores(NamedTuple):
 
     czsl (E,); gzsl (E, 2) holds U and S, or is None; linear: the GZSL classifier after its last
     epoch, to draw the seen-unseen curve from.
+    kept: "picked" -> the classifiers of the epochs that are reported, "last" -> those of the last
+    epoch; each kind ("czsl" and, if it was evaluated, "gzsl") -> {"weight": (C, d), "bias": (C,)}.
     """
 
     czsl: Tensor
     gzsl: Tensor | None
     linear: nn.Linear | None
+    kept: dict | None = None
 
     def best_epochs(self) -> tuple[int, int]:
         """The classifier epochs, from 0, of the best acc_zs and of the best H (0 without GZSL)."""
@@ -93,13 +96,42 @@ class Scores(NamedTuple):
 # ---- the softmax classifiers
 
 
+class Kept:
+    """A copy of a classifier at its best epoch, the first of equals, or at a `chosen` one.
+
+    Which epoch that is stays on the device: nothing waits for it.
+    """
+
+    def __init__(self, linear: nn.Linear, chosen: int | None = None):
+        self.linear, self.chosen, self.epoch = linear, chosen, -1
+        self.best, self.picked = -1.0, copy_of(linear)
+
+    def look(self, accuracy: Tensor):
+        """Take the classifier, if it is the one; accuracy: the number that it is picked by."""
+        self.epoch += 1
+        better = accuracy > self.best
+        if self.chosen is not None:
+            better = torch.full_like(better, self.epoch == self.chosen)
+
+        self.best = accuracy.clamp(min=self.best)
+        for name, tensor in self.picked.items():
+            now = getattr(self.linear, name).detach()
+            self.picked[name] = torch.where(better, now, tensor)
+
+
+def copy_of(linear: nn.Linear) -> dict[str, Tensor]:
+    """Weight and bias of a classifier as they are now."""
+    return {name: tensor.detach().clone() for name, tensor in linear.named_parameters()}
+
+
 def fit_softmax(
-    x: Tensor, y: Tensor, classes: int, config: Config, score
-) -> tuple[Tensor, nn.Linear]:
+    x: Tensor, y: Tensor, classes: int, config: Config, score, chosen: int | None = None
+) -> tuple[Tensor, nn.Linear, dict]:
     """Train a linear softmax classifier on x (n, d), y (n,) < classes; score it after every epoch.
 
     Weights N(0, 0.02), Adam(classifier_lr, betas (0.5, 0.999)), batches of syn_num. score(linear)
-    returns a tensor. Returns those of all epochs, stacked, on the device, and the classifier.
+    returns acc_zs, or U and S. Returns those of all epochs, stacked, on the device, the classifier,
+    and its weights at the best epoch (at the `chosen` one).
     """
     linear = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.normal_(linear.weight, 0.0, 0.02)
@@ -117,32 +149,43 @@ def fit_softmax(
 
     step = graphed(step_on, linear, [optimizer])
     meter, scores = LossMeter("the softmax classifier", "loss"), []
+    kept = Kept(linear, chosen)
     for _ in range(config.classifier_epochs):
         for batch in torch.randperm(len(x), device=x.device).split(config.syn_num):
             meter.add(step(batch))
         with torch.no_grad():
             scores.append(score(linear))
+        kept.look(harmonic_mean(*scores[-1]) if scores[-1].dim() else scores[-1])
 
     meter.read()  # raises at a loss that is not finite
-    return torch.stack(scores), linear
+    return torch.stack(scores), linear, kept.picked
 
 
 def evaluate(
-    eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
+    eggn: EGGN,
+    embeddings: dict[str, Embedding],
+    unseen: Tensor,
+    config: Config,
+    chosen: dict[str, int] | None = None,
 ) -> Scores:
     """Synthesise unseen features, train the classifiers on them, score these after every epoch.
 
     CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
     all classes. embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
+    chosen: the classifier epochs to keep, if not the best ones, of "czsl" and "gzsl".
     """
+    chosen = chosen or {}
     trainval, test_unseen = embeddings["trainval"], embeddings["test_unseen"]
     fake, fake_y = eggn.synthesize_classes(unseen, config.syn_num)
     fake = eggn.classifier_input(fake)
     real_unseen = eggn.classifier_input(test_unseen.x)
 
-    czsl = czsl_scores(fake, fake_y, real_unseen, test_unseen.y, unseen, config)
+    czsl, linear, picked = czsl_scores(
+        fake, fake_y, real_unseen, test_unseen.y, unseen, config, chosen.get("czsl")
+    )
+    kept = {"picked": {"czsl": picked}, "last": {"czsl": copy_of(linear)}}
     if not config.gzsl:
-        return Scores(czsl, None, None)
+        return Scores(czsl, None, None, kept)
 
     test_seen = embeddings["test_seen"]
     tests = {
@@ -151,14 +194,23 @@ def evaluate(
     }
     train_x = torch.cat([eggn.classifier_input(trainval.x), fake])
     train_y = torch.cat([trainval.y, fake_y])
-    gzsl, linear = gzsl_scores(train_x, train_y, tests, unseen, len(eggn.att), config)
-    return Scores(czsl, gzsl, linear)
+    gzsl, linear, picked = gzsl_scores(
+        train_x, train_y, tests, unseen, len(eggn.att), config, chosen.get("gzsl")
+    )
+    kept["picked"]["gzsl"], kept["last"]["gzsl"] = picked, copy_of(linear)
+    return Scores(czsl, gzsl, linear, kept)
 
 
 def czsl_scores(
-    fake: Tensor, fake_y: Tensor, real: Tensor, real_y: Tensor, unseen: Tensor, config: Config
-) -> Tensor:
-    """acc_zs (E,) after each epoch of a classifier of the unseen classes.
+    fake: Tensor,
+    fake_y: Tensor,
+    real: Tensor,
+    real_y: Tensor,
+    unseen: Tensor,
+    config: Config,
+    chosen,
+) -> tuple[Tensor, nn.Linear, dict]:
+    """acc_zs (E,) after each epoch of a classifier of the unseen classes; it; what was picked.
 
     fake, real (n, d) classifier inputs: synthetic ones to train on, test images to score.
     """
@@ -167,14 +219,20 @@ def czsl_scores(
     def score(linear: nn.Linear) -> Tensor:
         return per_class_accuracy(target, linear(real).argmax(dim=1), len(unseen))
 
-    scores, _ = fit_softmax(fake, torch.searchsorted(unseen, fake_y), len(unseen), config, score)
-    return scores
+    fake_y = torch.searchsorted(unseen, fake_y)
+    return fit_softmax(fake, fake_y, len(unseen), config, score, chosen)
 
 
 def gzsl_scores(
-    train_x: Tensor, train_y: Tensor, tests: dict, unseen: Tensor, classes: int, config: Config
-) -> tuple[Tensor, nn.Linear]:
-    """(U, S) (E, 2) after each epoch of a classifier of all classes, and the last classifier.
+    train_x: Tensor,
+    train_y: Tensor,
+    tests: dict,
+    unseen: Tensor,
+    classes: int,
+    config: Config,
+    chosen,
+) -> tuple[Tensor, nn.Linear, dict]:
+    """(U, S) (E, 2) after each epoch of a classifier of all classes; it; what was picked.
 
     tests: "unseen" and "seen" -> (classifier inputs (n, d), labels (n,)).
     """
@@ -186,7 +244,7 @@ def gzsl_scores(
     def score(linear: nn.Linear) -> Tensor:
         return torch.stack([accuracy(linear, *tests["unseen"]), accuracy(linear, *tests["seen"])])
 
-    return fit_softmax(train_x, train_y, classes, config, score)
+    return fit_softmax(train_x, train_y, classes, config, score, chosen)
 
 
 # ---- the seen-unseen curve

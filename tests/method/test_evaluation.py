@@ -13,6 +13,7 @@ from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
 from scegg.method.evaluation import (
     area_under,
+    evaluate,
     fit_softmax,
     harmonic_mean,
     logits_metrics,
@@ -70,8 +71,59 @@ def test_softmax_classifier_learns_and_scores_every_epoch():
     def score(linear):
         return per_class_accuracy(y, linear(x).argmax(dim=1), 2)
 
-    scores, _ = fit_softmax(x, y, 2, config, score)
+    scores, _, _ = fit_softmax(x, y, 2, config, score)
     assert scores.shape == (7,) and scores[-1] > 0.95
+
+
+def small_evaluation(chosen=None, **changes):
+    """The test images as classifier inputs, by split, the unseen labels, and Scores of an EGGN."""
+    torch.manual_seed(0)
+    small = {"ngh": 8, "ndh": 8, "syn_num": 7, "classifier_epochs": 6, "classifier_lr": 0.05}
+    config = dataclasses.replace(CONFIG, **small | changes)
+    unseen, seen = torch.tensor([1, 4]), torch.tensor([0, 2, 3, 5])
+    eggn = EGGN(5, torch.rand(6, 3), None, config)
+    embeddings = {
+        "trainval": Embedding(torch.rand(40, 5), None, seen.repeat(10)),
+        "test_seen": Embedding(torch.rand(80, 5), None, seen.repeat(20)),
+        "test_unseen": Embedding(torch.rand(50, 5), None, unseen.repeat(25)),
+    }
+    scores = evaluate(eggn, embeddings, unseen, config, chosen)
+    inputs = {name: eggn.classifier_input(split.x) for name, split in embeddings.items()}
+    return {name: (inputs[name], embeddings[name].y) for name in inputs}, unseen, scores
+
+
+def accuracies_of(weights, tests, unseen):
+    """acc_zs, and (U, S), of kept weights."""
+
+    def accuracy(kind, name, labels):
+        x, y = tests[name]
+        logits = torch.nn.functional.linear(x, **weights[kind])
+        return per_class_accuracy(y, labels[logits.argmax(dim=1)], 6)
+
+    gzsl = [accuracy("gzsl", f"test_{name}", torch.arange(6)) for name in ("unseen", "seen")]
+    return accuracy("czsl", "test_unseen", unseen), torch.stack(gzsl)
+
+
+@pytest.mark.parametrize("chosen", [None, {"czsl": 0, "gzsl": 3}])
+def test_the_classifiers_that_are_reported_are_kept(chosen):
+    """Each has the accuracies that its epoch was reported with."""
+    tests, unseen, scores = small_evaluation(chosen)
+    epochs = {"picked": scores.best_epochs(), "last": (-1, -1)}
+    assert len(scores.czsl.unique()) > 1 and len(scores.gzsl.unique(dim=0)) > 1
+    if chosen:
+        assert epochs["picked"] != (0, 3)
+        epochs["picked"] = (0, 3)
+
+    for name, (czsl_epoch, gzsl_epoch) in epochs.items():
+        acc_zs, gzsl = accuracies_of(scores.kept[name], tests, unseen)
+        assert torch.equal(acc_zs, scores.czsl[czsl_epoch])
+        assert torch.equal(gzsl, scores.gzsl[gzsl_epoch])
+    assert torch.equal(scores.kept["last"]["gzsl"]["weight"], scores.linear.weight)
+
+
+def test_no_gzsl_classifier_is_kept_where_there_is_none():
+    _, _, scores = small_evaluation(gzsl=False)
+    assert list(scores.kept["picked"]) == list(scores.kept["last"]) == ["czsl"]
 
 
 def test_seen_unseen_curve_against_trying_every_bias():

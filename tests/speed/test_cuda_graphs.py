@@ -81,7 +81,7 @@ def classified(device):
     config = dataclasses.replace(
         CONFIG, syn_num=4, classifier_epochs=3, distill_iterations=12, batch_size=5
     )
-    scores, linear = fit_softmax(x, y, 5, config, lambda linear: linear(x).sum())
+    scores, linear, _ = fit_softmax(x, y, 5, config, lambda linear: linear(x).sum())
 
     classifier = global_classifier(24, 16, 9).to(device)
     checkpoint = SimpleNamespace(
