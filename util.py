@@ -280,6 +280,12 @@ def load_tensors(path: Path):
         raise
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # ---- locks and child processes
 
 HELD = set()  # the open lock files of this process
