@@ -24,7 +24,7 @@ from scegg.run.trained import RunFiles, read_run, winners_of, with_features
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.onednn import fast_matmul
 from scegg.speed.threads import fix_threads
-from util import FlagParser, UserError, exit_on_user_error, pick_device
+from util import FlagParser, UserError, exit_on_user_error, one_line, pick_device
 
 
 def main(argv=None):
@@ -63,6 +63,8 @@ def parse_arguments(argv=None):
         wrong.append("--format")
     if wrong:
         raise UserError(f"{wrong[0]} goes {'without' if options.images else 'with'} --images")
+    if options.output and not (options.report or options.attention):
+        raise UserError("--output goes with --report or --attention")
     return options
 
 
@@ -112,7 +114,7 @@ def name_pictures(files: RunFiles, options) -> bool:
     def tell(line: str):
         nonlocal problems
         problems += 1
-        print(f"error: {UserError(line)}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
 
     out, count = sys.stdout, 0
     if hasattr(out, "reconfigure"):  # file names may be of any bytes

@@ -17,7 +17,7 @@ from scegg.report.attention import attention_of, figure_of, row_of
 from scegg.report.pictures import AT_ONCE, load_backbone, picture_files, read_batches
 from scegg.report.style import class_title, write_picture
 from scegg.run.trained import RunFiles, restore_classifier, restore_embedder, winners_of
-from util import UserError
+from util import UserError, one_line
 
 CLASSES = 5  # that are named for a picture
 ATTRIBUTES = 3  # that are named for a class
@@ -183,7 +183,7 @@ def predict(
 
 def as_text(item: Predicted) -> str:
     """The picture's path, and a line for each class."""
-    lines = [str(item.path)]
+    lines = [one_line(str(item.path))]
     for guess in item.guesses:
         attributes = ", ".join(name for name, _ in guess.attributes)
         name = f"{class_title(guess.name)} ({guess.kind})"

@@ -171,6 +171,7 @@ def test_a_model_that_is_not_the_runs_own_is_refused(trained, tmp_path):
     [
         (["--format", "csv"], "--format goes with --images"),
         (["--attention"], "--attention goes with --images"),
+        (["--output", "x"], "--output goes with --report or --attention"),
         (["--images", "a.jpg", "--report"], "--report goes without --images"),
         (["--features", "none.hdf5"], "none.hdf5 is missing"),
         (["--run", "nowhere"], "config.yaml is missing: name a run's folder"),
