@@ -45,8 +45,13 @@ class UserError(Exception):
     """
 
     def __str__(self):
-        line = re.sub(r"\s*[\r\n]\s*", " ", super().__str__().strip())
-        return "".join(character if character.isprintable() else "?" for character in line)
+        return one_line(super().__str__().strip())
+
+
+def one_line(text: str) -> str:
+    """A text as one line of printable characters."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", text)
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -278,6 +283,12 @@ def load_tensors(path: Path):
         if is_of_disk(error):
             raise unreadable(path, error) from None
         raise
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- locks and child processes

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from util import UserError
+from util import UserError, sha256
 
 OFFLINE = "efficientnet_lite2"  # its weights come in an installed package
 CLASSIFIERS = ("classifier", "head", "heads", "fc")  # modules of torchvision networks
@@ -194,12 +194,6 @@ def cached_state(name: str, weights, cached: Path) -> dict[str, Tensor]:
             "is another): delete it to download that one"
         )
     return state
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_weights(whole: nn.Module, cut: nn.Module, state: dict[str, Tensor], source: str):

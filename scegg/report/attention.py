@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.xlsa17 import image_tail
-from scegg.features.backbones import build_backbone
-from scegg.features.images import PixelNormalization, image_transform, read_image
 from scegg.features.reader import normalize_positions
+from scegg.report.pictures import load_backbone, read_crop
 from scegg.report.style import PAGE, STYLE, class_title
 from scegg.run.trained import TrainedRun, restore_scen
 from util import UserError
@@ -83,32 +82,16 @@ def read_images(
     weights: the file that the features were made with, if not the pretrained one. Raises UserError
     for an image that cannot be read, and for weights that the features were not made with.
     """
-    config, provenance = run.config, run.features.provenance
-    crops = [read_crop(path, config.img_size) for path in paths]
+    features, device = run.features, torch.device("cpu")
+    crops = [read_crop(path, run.config.img_size) for path in paths]
 
-    backbone, made_with = build_backbone(config.backbone, weights, config.img_size)
-    sha256 = made_with["weights_sha256"]
-    if provenance.get("weights_sha256", sha256) != sha256:
-        raise UserError(
-            f"{run.features.path} was made with the weights {provenance.get('weights')}, not "
-            f"{made_with['weights']}: give that file as --weights"
-        )
-
-    normalization = PixelNormalization(config.backbone, provenance.get("normalization", "backbone"))
+    backbone = load_backbone(run.config, features.provenance, features.path, weights, device)
     shown = []
     with torch.inference_mode():
         for path, crop in zip(paths, crops, strict=True):
-            maps = backbone(normalization(crop[None]))
+            maps = backbone(crop[None])
             shown.append(ShownImage(path.stem, crop, normalize_positions(maps)[0]))
     return shown
-
-
-def read_crop(path: Path, img_size: int) -> Tensor:
-    """The crop of an image that the backbone sees, (3, S, S) uint8.
-
-    Raises UserError if the image cannot be read.
-    """
-    return read_image(path, image_transform(img_size))
 
 
 # ---- their attention
@@ -117,8 +100,8 @@ def read_crop(path: Path, img_size: int) -> Tensor:
 class Attention(NamedTuple):
     """Attention over the R positions of an image.
 
-    global_map (R,) is the mean over all attributes and sums to 1. top (8,) are the attributes with
-    the largest scores, best first; local_maps (8, R) are theirs. scores (K,) are of all attributes.
+    global_map (R,) is the mean over all attributes and sums to 1. top (8,) are the attributes to
+    show, best first; local_maps (8, R) are theirs. scores (K,) are of all attributes.
     """
 
     global_map: Tensor
@@ -129,10 +112,15 @@ class Attention(NamedTuple):
 
 @torch.no_grad()
 def attend(scen: SCEN, feature_map: Tensor) -> Attention:
-    """What SCEN looks at in a normalised feature map (R, D)."""
+    """What SCEN looks at in a normalised feature map (R, D): the attributes of largest scores."""
     output = scen(feature_map[None])
-    maps, scores = output.attention[0].T, output.scores[0]
-    top = scores.topk(min(TOP, len(scores))).indices
+    scores = output.scores[0]
+    return attention_of(output.attention[0].T, scores, scores)
+
+
+def attention_of(maps: Tensor, scores: Tensor, worth: Tensor) -> Attention:
+    """The attributes that are worth most (K,), of SCEN's maps (K, R) and scores (K,)."""
+    top = worth.topk(min(TOP, len(worth))).indices
     return Attention(maps.mean(dim=0), top, maps[top], scores)
 
 
@@ -174,9 +162,17 @@ def attention_figure(run: TrainedRun, images: list[ShownImage]) -> Figure:
     The number in a title is how many times the uniform weight 1/R the map's peak is. All maps are
     stretched, so that they glow alike. Raises UserError for a run of the baseline.
     """
-    scen = restore_scen(run)
-    rows = [row_of(run, image, attend(scen, image.feature_map)) for image in images]
+    scen, names, grid = restore_scen(run), run.features.attribute_names, run.features.shape[1:]
+    return figure_of(
+        [
+            row_of(image.title, image.pixels, attend(scen, image.feature_map), names, grid)
+            for image in images
+        ]
+    )
 
+
+def figure_of(rows: list[list[Picture]]) -> Figure:
+    """Rows of pictures, each with its title above it."""
     columns = len(rows[0])
     side = PAGE / columns  # inches
     height = len(rows) * (side + HEAD)
@@ -195,19 +191,22 @@ def attention_figure(run: TrainedRun, images: list[ShownImage]) -> Figure:
     return figure
 
 
-def row_of(run: TrainedRun, image: ShownImage, attention: Attention) -> list[Picture]:
-    """The pictures of an image: itself, the global map, the maps of its top attributes."""
-    title = "\n".join(textwrap.wrap(image.title, TITLE_WIDTH))
-    pictures = [Picture(title, image_array(image.pixels))]
+def row_of(
+    title: str, pixels: Tensor, attention: Attention, attributes: list[str], grid: tuple[int, int]
+) -> list[Picture]:
+    """The pictures of an image: itself, the global map, the maps of its top attributes.
+
+    pixels (3, S, S) uint8; attributes: the names of all K; grid (h, w) of a map.
+    """
+    pictures = [Picture("\n".join(textwrap.wrap(title, TITLE_WIDTH)), image_array(pixels))]
 
     maps = [("GEN: global", attention.global_map)]
     for attribute, local_map in zip(attention.top, attention.local_maps, strict=True):
-        maps.append((attribute_title(run.features.attribute_names[attribute]), local_map))
+        maps.append((attribute_title(attributes[attribute]), local_map))
 
-    grid = run.features.shape[1:]
     for name, weights in maps:
         peak = weights.max() * len(weights)
-        pictures.append(Picture(f"{name}\n{peak:.1f}×", heat_over(image.pixels, weights, grid)))
+        pictures.append(Picture(f"{name}\n{peak:.1f}×", heat_over(pixels, weights, grid)))
     return pictures
 
 

@@ -33,8 +33,13 @@ def save(figure: Figure, base: Path):
     if base.suffix in (".pdf", ".png"):
         base = base.with_suffix("")
 
-    for kind, metadata in METADATA.items():
-        path = base.with_name(f"{base.name}.{kind}")
-        with atomic_path(path) as temporary, matplotlib.rc_context(STYLE):
-            figure.savefig(temporary, format=kind, metadata=metadata)
+    for kind in METADATA:
+        write_picture(figure, base.with_name(f"{base.name}.{kind}"))
     print(f"wrote {base}.pdf and {base.name}.png")
+
+
+def write_picture(figure: Figure, path: Path):
+    """Write a figure as .pdf or .png. Raises UserError if it cannot be written."""
+    kind = path.suffix.removeprefix(".")
+    with atomic_path(path) as temporary, matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, format=kind, metadata=METADATA[kind])

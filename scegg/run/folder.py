@@ -11,7 +11,8 @@ from pathlib import Path
 import wandb
 
 from scegg.config import RUN_FACTS, Config, config_yaml
-from util import UserError, locked, save_tensors, write_text
+from scegg.run.winners import share_equal_tensors
+from util import UserError, locked, save_tensors, sha256, write_text
 
 PROJECT = "SCEGG"
 # W&B's modes, its old names among them
@@ -140,9 +141,13 @@ class RunFolder:
         os.fsync(self.metrics.fileno())
         return self.metrics.tell()
 
-    def save_weights(self, state: dict):
-        """model.pt: tensors, numbers and texts, which torch.load(weights_only=True) reads."""
-        save_tensors(self.path / "model.pt", state)
+    def save_weights(self, state: dict) -> str:
+        """model.pt: tensors, numbers and texts, which torch.load(weights_only=True) reads.
+
+        Returns the file's SHA-256.
+        """
+        save_tensors(self.path / "model.pt", share_equal_tensors(state))
+        return sha256(self.path / "model.pt")
 
     def log_picture(self, name: str, path: Path):
         """A picture of the run's folder, to W&B."""

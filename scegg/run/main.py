@@ -23,6 +23,7 @@ from scegg.run.identity import identity_of_code, identity_of_data
 from scegg.run.pipeline import Pipeline, run_validation
 from scegg.run.reuse import find_scen
 from scegg.run.summary import result_rows, result_table, save_curve, summarise
+from scegg.run.winners import description
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.onednn import fast_matmul
 from scegg.speed.threads import fix_threads
@@ -283,19 +284,17 @@ def train(job: Job, folder: RunFolder, checkpoint: Checkpoint) -> tuple[str, dic
     checkpoint.save()
     pipeline.run()
 
-    names = {
-        "split_fingerprint": features.split.fingerprint,
-        "attribute_names": features.attribute_names,
-        "class_names": features.class_names,
-    }
-    folder.save_weights(pipeline.weights() | names)
+    winners = dict(pipeline.winners.kept)
+    if "validation_winners" in notes:
+        winners["validation"] = notes["validation_winners"]
+    model = pipeline.weights() | description(dataset, features, config) | {"winners": winners}
+    notes["model_sha256"] = folder.save_weights(model)
     curve = notes.pop("curve", None)
     if curve is not None:
         save_curve(folder.path / "seen_unseen_curve.csv", curve)
 
     summary = summarise(dataset, features, config, device, notes, pipeline.selection)
-    rows = result_rows(notes, pipeline.selection, config)
-    return result_table(dataset, summary["full_published_split"], rows), summary
+    return result_table(dataset, summary["full_published_split"], result_rows(summary)), summary
 
 
 def resume_command(path: Path, options) -> str:

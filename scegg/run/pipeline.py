@@ -27,6 +27,7 @@ from scegg.method.steps import LossMeter
 from scegg.run.checkpoint import Checkpoint
 from scegg.run.joint import Joint
 from scegg.run.summary import metrics_line
+from scegg.run.winners import Winners
 from scegg.speed.cuda_graphs import count_steps, graphed
 from util import seed_stream
 
@@ -77,11 +78,13 @@ class Pipeline:
         self.embeddings = Embeddings(device)
         self.selection = Selection(config.gzsl, choice)
         self.evaluation = None  # made by the first one
+        self.winners = Winners()
         checkpoint.track(
             scen=self.scen,
             classifier=self.classifier,
             scaler=self.scaler,
             embeddings=self.embeddings,
+            winners=self.winners,
         )
 
     def make_networks(self):
@@ -149,6 +152,7 @@ class Pipeline:
         def embed_and_report():
             self.embed_images()
             self.report("local", lambda embedding: embedding.local_logits)
+            self.winners.keep_stage("local")
 
         self.checkpoint.once("embed", embed_and_report)
         if self.config.scen_schedule == "frozen":
@@ -159,6 +163,7 @@ class Pipeline:
         maps = self.load_maps()
         splits = {name: (maps[name], self.labels[name]) for name in SPLITS}
         self.embeddings.update(embed_splits(self.scen, splits))
+        self.winners.embed_with("scen", self.scen)
 
     def pool_features(self):
         """In SCEN's place, the CNN-feature baseline: pooled maps, scaled as SCEN's features are."""
@@ -169,6 +174,7 @@ class Pipeline:
                 for name in SPLITS
             }
             self.scaler.fit(pooled["trainval"])
+            self.winners.embed_with("scaler", self.scaler)
             no_logits = torch.empty(0, device=self.device)
             for name, x in pooled.items():
                 self.embeddings[name] = Embedding(self.scaler(x), no_logits, self.labels[name])
@@ -191,6 +197,7 @@ class Pipeline:
         def report():
             with torch.no_grad():
                 self.report("global", lambda embedding: self.classifier(embedding.x))
+            self.winners.keep_stage("global", global_cls=self.classifier)
 
         self.checkpoint.once("score", report)
 
@@ -274,16 +281,20 @@ class Pipeline:
 
         After the last epoch of a run on all of trainval the seen-unseen curve is noted as well.
         """
-        phase, notes = self.checkpoint.phase, self.checkpoint.notes
-        seed_stream(self.config.seed, "evaluate", epoch)
+        phase, notes, config = self.checkpoint.phase, self.checkpoint.notes, self.config
+        last = epoch == config.nepoch
+        seed_stream(config.seed, "evaluate", epoch)
         chosen = {kind: number for kind, (_, number) in self.selection.choice.items()}
+
         with self.checkpoint.timed(f"{phase}evaluate"):
             if self.evaluation is None:
-                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, self.config)
+                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, config)
             scores = self.evaluation.scores(self.embeddings, chosen)
             values = self.selection.update(epoch, scores)
+            decoder = self.eggn.Dec if config.use_decoder else None
+            self.winners.keep_epoch(epoch, self.selection, scores, decoder, last)
 
-        if scores.linear and not phase and epoch == self.config.nepoch:
+        if scores.linear and not phase and last:
             curve = seen_unseen_curve(self.eggn, scores.linear, self.embeddings, self.unseen)
             notes["ausuc"], notes["curve"] = area_under(curve), curve
         print(f"{phase}epoch {epoch}: {metrics_line(Metrics(**self.selection.last))}", flush=True)
@@ -310,8 +321,8 @@ def run_validation(
 ):
     """Protocol validated: a run on a split inside trainval picks the epochs that are reported.
 
-    Both are noted: "choice", the epochs, and "validation", the numbers they were picked by. Raises
-    UserError for a split that cannot be divided so.
+    Noted are the epochs ("choice"), the numbers they were picked by ("validation"), and what gave
+    these ("validation_winners"). Raises UserError for a split that cannot be divided so.
     """
 
     def log_validation(stage: str, values: dict):
@@ -328,4 +339,5 @@ def run_validation(
 
     best = validation.selection.best()
     checkpoint.notes["choice"] = validation.selection.pick()
+    checkpoint.notes["validation_winners"] = validation.winners.kept["picked"]
     checkpoint.notes["validation"] = {f"val_{name}": value for name, value in best.items()}

@@ -43,7 +43,9 @@ def summarise(
         **peak_memory_gb(device),
     }
 
-    summary |= without_none({name: notes.get(name) for name in ("scen_from", "ausuc")})
+    summary |= without_none(
+        {name: notes.get(name) for name in ("model_sha256", "scen_from", "ausuc")}
+    )
     if any(notes["graphs"].values()):  # a CPU has none
         summary["graphs"] = notes["graphs"]
     summary |= notes.get("validation", {})
@@ -90,23 +92,31 @@ def metrics_line(metrics: Metrics) -> str:
     return "  ".join(f"{name} {value:.1f}" for name, value in numbers.items())
 
 
-def result_rows(notes: dict, selection: Selection, config: Config) -> list[tuple[str, Metrics]]:
-    """The rows of a run's table: SCEN after stages 1 and 2, then EGGN."""
+def result_rows(summary: dict) -> list[tuple[str, Metrics]]:
+    """The rows of a run's table: SCEN after stages 1 and 2, then EGGN.
+
+    summary: the content of summary.json, or its protocol and numbers alone.
+    """
     rows = []
     for name, stage in (("local", 1), ("global", 2)):
-        if name in notes:
-            rows.append((f"{name} classifier (stage {stage})", Metrics(**notes[name])))
-    if selection.last is None:
+        if f"{name}_acc_zs" in summary:
+            rows.append((f"{name} classifier (stage {stage})", metrics_of(summary, f"{name}_")))
+    if "best_epoch" not in summary:
         return rows
 
-    if config.protocol == "validated":
-        title = f"EGGN, picked on validation classes (epoch {selection.epoch})"
-        rows.append((title, selection.metrics()))
+    epoch = summary["best_epoch"]
+    if summary["protocol"] == "validated":
+        title = f"EGGN, picked on validation classes (epoch {epoch})"
+        rows.append((title, metrics_of(summary, "")))
     else:
-        title = "EGGN, last epoch, classifier picked on test"
-        rows.append((title, Metrics(**selection.last)))
-        rows.append((f"EGGN, best on test (epoch {selection.epoch})", selection.metrics()))
-    return [*rows, (NOTHING_PICKED, Metrics(**selection.unselected))]
+        rows.append(("EGGN, last epoch, classifier picked on test", metrics_of(summary, "")))
+        rows.append((f"EGGN, best on test (epoch {epoch})", metrics_of(summary, "best_")))
+    return [*rows, (NOTHING_PICKED, metrics_of(summary, "last_"))]
+
+
+def metrics_of(summary: dict, prefix: str) -> Metrics:
+    """The metrics of a summary whose names begin with this prefix."""
+    return Metrics(*(summary.get(prefix + name) for name in Metrics._fields))
 
 
 def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]]) -> str:

@@ -3,7 +3,8 @@
     run = load_run(Path("runs/CUB-20260101-000000-abc"))
     scen, eggn = restore_scen(run), restore_eggn(run)
 
-Networks come frozen, on the CPU and in evaluation mode.
+`read_run` and `winners_of` need no features. Networks come frozen, on the CPU and in evaluation
+mode.
 """
 
 import dataclasses
@@ -12,15 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model import SCEN
+from model import SCEN, Decoder, Scaler, global_classifier
 from scegg.config import Config, read_config
 from scegg.datasets.layouts import LAYOUTS
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
-from util import UserError, is_of_disk, load_tensors, unreadable
+from util import UserError, is_of_disk, load_tensors, sha256, unreadable
 
 NOT_FINISHED = "the run is not finished"
 REMEDIES = {
@@ -28,6 +29,15 @@ REMEDIES = {
     "summary.json": NOT_FINISHED,
     "model.pt": NOT_FINISHED,
 }
+
+
+class RunFiles(NamedTuple):
+    """What the folder of a finished run holds; weights: the content of model.pt."""
+
+    folder: Path
+    config: Config
+    summary: dict
+    weights: dict
 
 
 class TrainedRun(NamedTuple):
@@ -51,44 +61,42 @@ def load_run(folder: Path, features: Path | None = None) -> TrainedRun:
     Raises UserError for a folder that holds no finished run, for a config that was changed since,
     and for features of another split, backbone or image size.
     """
+    return with_features(read_run(folder), features)
+
+
+def read_run(folder: Path) -> RunFiles:
+    """The files of the finished run in `folder`, without its features.
+
+    Raises UserError for a folder that holds no finished run, for damaged files, and for a config
+    that was changed since.
+    """
     for name, remedy in REMEDIES.items():
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing: {remedy}")
 
     config = read_config(folder / "config.yaml", {})
-    dataset, weights, fingerprint, trained_with = read_results(folder)
+    summary, weights = read_results(folder)
     changed = [
         name
         for name, value in dataclasses.asdict(config).items()
-        if trained_with.get(name, value) != value
+        if summary["config"].get(name, value) != value
     ]
     if changed:
         raise UserError(
             f"{folder / 'config.yaml'} was changed after the run ({', '.join(changed)}): make it "
             "as it was; summary.json holds every value"
         )
-    if dataset not in list(LAYOUTS):
-        raise UserError(f"{folder / 'summary.json'}: there is no dataset {dataset}")
-
-    path = features or feature_file(dataset, config.backbone)
-    opened = open_features(path, config.backbone, config.img_size, dataset)
-    if opened.split.fingerprint != fingerprint:
-        raise UserError(
-            f"{folder} was trained on split {fingerprint}, but {opened.path} holds split "
-            f"{opened.split.fingerprint}: name the run's own file with --features"
-        )
-    return TrainedRun(folder.name, dataset, config, opened, weights)
+    return RunFiles(folder, config, summary, weights)
 
 
-def read_results(folder: Path) -> tuple[str, dict, str, dict]:
-    """A run's dataset, its weights, its split's fingerprint, and the config it was trained with.
-
-    Raises UserError if summary.json or model.pt is damaged.
-    """
+def read_results(folder: Path) -> tuple[dict, dict]:
+    """A run's summary.json and model.pt. Raises UserError if one of them is damaged."""
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         weights = load_tensors(folder / "model.pt")
-        return summary["dataset"], weights, weights["split_fingerprint"], dict(summary["config"])
+        dict(summary["config"])
+        _ = summary["dataset"], weights["split_fingerprint"]
+        return summary, weights
     except UserError:
         raise
     except Exception as error:  # json and torch raise many kinds over damaged files
@@ -99,19 +107,47 @@ def read_results(folder: Path) -> tuple[str, dict, str, dict]:
         ) from None
 
 
-def restore(module: nn.Module, run: TrainedRun, part: str) -> nn.Module:
-    """Load the weights that the run holds under `part` into the module, and freeze it.
+def with_features(files: RunFiles, features: Path | None = None) -> TrainedRun:
+    """A finished run with its feature file open.
+
+    Raises UserError for features of another split, backbone or image size.
+    """
+    folder, config = files.folder, files.config
+    dataset, fingerprint = files.summary["dataset"], files.weights["split_fingerprint"]
+    if dataset not in list(LAYOUTS):
+        raise UserError(f"{folder / 'summary.json'}: there is no dataset {dataset}")
+
+    path = features or feature_file(dataset, config.backbone)
+    opened = open_features(path, config.backbone, config.img_size, dataset)
+    if opened.split.fingerprint != fingerprint:
+        raise UserError(
+            f"{folder} was trained on split {fingerprint}, but {opened.path} holds split "
+            f"{opened.split.fingerprint}: name the run's own file with --features"
+        )
+    return TrainedRun(folder.name, dataset, config, opened, files.weights)
+
+
+# ---- networks
+
+
+def restore(module: nn.Module, run_name: str, weights: dict, part: str) -> nn.Module:
+    """Load what the weights hold under `part` into the module, and freeze it.
 
     Raises UserError if they do not fit.
     """
     try:
-        module.load_state_dict(run.weights[part])
+        module.load_state_dict(weights[part])
     except (RuntimeError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{run.name}: its {part} weights do not fit; were they made with other features or "
-            "another version?"
-        ) from None
+        raise not_fitting(run_name, part) from None
     return module.requires_grad_(False).eval()
+
+
+def not_fitting(run_name: str, part: str) -> UserError:
+    """What a user is told of weights that do not fit."""
+    return UserError(
+        f"{run_name}: its {part} weights do not fit; were they made with other features or "
+        "another version?"
+    )
 
 
 def restore_scen(run: TrainedRun) -> SCEN:
@@ -127,10 +163,14 @@ def restore_scen(run: TrainedRun) -> SCEN:
 
     w2v = torch.from_numpy(run.features.w2v)
     att = torch.from_numpy(run.features.split.att)
-    # a new SCEN draws its first weights: the caller's random state stays what it was
+    scen = new_scen(w2v, att, run.features.shape[0], run.config)
+    return restore(scen, run.name, run.weights, "scen")
+
+
+def new_scen(w2v: Tensor, att: Tensor, channels: int, config: Config) -> SCEN:
+    """A SCEN to load weights into. It draws its first ones: torch's random state stays."""
     with torch.random.fork_rng(devices=[]):
-        scen = SCEN(w2v, att, run.features.shape[0], run.config.compose_runtime)
-    return restore(scen, run, "scen")
+        return SCEN(w2v, att, channels, config.compose_runtime)
 
 
 def restore_eggn(run: TrainedRun) -> EGGN:
@@ -141,4 +181,82 @@ def restore_eggn(run: TrainedRun) -> EGGN:
     """
     att = torch.from_numpy(run.features.split.att)
     eggn = EGGN(run.features.shape[0], att, None, run.config)
-    return restore(eggn, run, "eggn")
+    return restore(eggn, run.name, run.weights, "eggn")
+
+
+# ---- winners: the networks behind the run's numbers
+
+
+class Classifier(nn.Module):
+    """A softmax classifier behind the decoder that it was trained with, if any.
+
+    x (n, D) dense-semantic features -> class logits.
+    """
+
+    def __init__(self, decoder: Decoder | None, linear: nn.Linear):
+        super().__init__()
+        self.decoder, self.linear = decoder, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.decoder.classifier_input(x) if self.decoder else x)
+
+
+def winners_of(files: RunFiles) -> dict:
+    """What model.pt keeps behind the run's numbers (`scegg.run.winners.Winners`).
+
+    Raises UserError for a run of an older version, and for a model.pt that was changed.
+    """
+    if "winners" not in files.weights:
+        raise UserError(
+            f"{files.folder} is a run of an older version: its model.pt lacks the classifiers "
+            "behind its numbers; train it again"
+        )
+    path = files.folder / "model.pt"
+    if sha256(path) != files.summary.get("model_sha256"):
+        raise UserError(
+            f"{path} is not the file that the run wrote (its SHA-256 is not that of summary.json): "
+            "copy it again"
+        )
+    return files.weights["winners"]
+
+
+def restore_embedder(run_name: str, winner: dict, config: Config) -> SCEN | Scaler:
+    """What made the features that a winner was trained on; its sizes are its weights' own.
+
+    That is SCEN, or the scaler of pooled features in a run of the baseline. Raises UserError for
+    weights that do not fit.
+    """
+    part = "scaler" if config.visual_features == "cnn" else "scen"
+    try:
+        weights = winner[part]
+        if part == "scaler":
+            network = Scaler(len(weights["minimum"]))
+        else:
+            w2v, att = torch.zeros_like(weights["len.V"]), torch.zeros_like(weights["Z"])
+            network = new_scen(w2v, att, weights["len.W1"].shape[1], config)
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
+        raise not_fitting(run_name, part) from None
+    return restore(network, run_name, winner, part)
+
+
+def restore_classifier(run_name: str, winner: dict) -> nn.Module:
+    """The classifier of a winner, x (n, D) -> logits; raises UserError as restore_embedder.
+
+    It is the distilled one in what was kept after stage 2.
+    """
+    try:
+        if "global_cls" in winner:
+            first, last = winner["global_cls"]["0.weight"], winner["global_cls"]["2.weight"]
+            network = global_classifier(first.shape[1], len(first), len(last))
+            return restore(network, run_name, winner, "global_cls")
+
+        classes, inputs = winner["linear"]["weight"].shape
+        decoder = None
+        if "Dec" in winner:
+            hidden, channels = winner["Dec"]["fc1.weight"].shape
+            decoder = Decoder(channels, len(winner["Dec"]["fc3.weight"]), hidden)
+            restore(decoder, run_name, winner, "Dec")
+    except (RuntimeError, KeyError, TypeError, AttributeError, IndexError, ValueError):
+        raise not_fitting(run_name, "winners'") from None
+    linear = restore(nn.Linear(inputs, classes), run_name, winner, "linear")
+    return Classifier(decoder, linear)

@@ -17,6 +17,7 @@ import scipy.io
 import torch
 from PIL import Image
 
+import evaluate
 from helpers import ROOT, feature_arrays, write_features
 from scegg.config import read_config
 from scegg.datasets import toy
@@ -165,6 +166,8 @@ def test_checkpoints_and_runs(tmp_path, canary, name):
     shutil.copy(ROOT / "wandb_config/cub_gzsl.yaml", tmp_path / "config.yaml")
     (tmp_path / "summary.json").write_text('{"dataset": "CUB"}')
     refused(lambda: load_run(tmp_path), "summary.json or model.pt is damaged")
+    argv = ["--run", str(tmp_path), "--images", "a.jpg"]
+    refused(lambda: evaluate.main(argv), "summary.json or model.pt is damaged")
 
 
 # --------------------------------------------------------------- feature files that point elsewhere

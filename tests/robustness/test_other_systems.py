@@ -23,7 +23,7 @@ for name in ("fcntl", "resource"):
 for name in ("fork", "register_at_fork", "preadv"):
     delattr(os, name)
 del signal.alarm, signal.SIGALRM, signal.SIGKILL
-import preprocessing, results, train_joint, visualize, util
+import evaluate, preprocessing, results, train_joint, visualize, util
 assert util.survives(lambda: None, 1)
 print(util.peak_memory_gb(util.pick_device("cpu")))
 """

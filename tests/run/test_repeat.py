@@ -54,10 +54,17 @@ def outcome(process, folder):
     assert process.returncode == 0, said
     (made,) = (path.parent for path in folder.glob("*/summary.json"))
     digest = hashlib.sha256()
-    for part in torch.load(made / "model.pt", weights_only=True).values():
-        for tensor in part.values() if isinstance(part, dict) else ():
-            digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
+    for tensor in tensors_of(torch.load(made / "model.pt", weights_only=True)):
+        digest.update(np.ascontiguousarray(tensor.numpy()).tobytes())
     return (made / "metrics.jsonl").read_bytes(), digest.hexdigest()
+
+
+def tensors_of(content):
+    """All tensors in a nested dict, the winners' among them."""
+    if isinstance(content, torch.Tensor):
+        yield content
+    for part in content.values() if isinstance(content, dict) else ():
+        yield from tensors_of(part)
 
 
 def outcomes(features, folder, times, iterations):

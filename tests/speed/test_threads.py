@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT
 from scegg.speed import threads
 
-COMMANDS = ["preprocessing", "train_joint", "train_joint_CUB", "results", "visualize"]
+COMMANDS = ["preprocessing", "train_joint", "train_joint_CUB", "results", "visualize", "evaluate"]
 
 # stops where torch would be loaded, and says what is set by then
 AT_TORCH = """

@@ -1,0 +1,106 @@
+"""Picture files through a run's own backbone, as preprocessing sends a dataset's through it."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scegg.config import Config
+from scegg.features.backbones import build_backbone, fold
+from scegg.features.extract import Backbone
+from scegg.features.images import (
+    FORMATS,
+    PixelNormalization,
+    Unreadable,
+    collate,
+    image_transform,
+    read_image,
+)
+from scegg.speed.threads import granted_cores
+from util import UserError
+
+AT_ONCE = {"cpu": 4, "cuda": 64}  # pictures in a batch, as in preprocessing
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_backbone(
+    config: Config, provenance: dict, source: Path, weights: Path | None, device: torch.device
+) -> Backbone:
+    """The network that the run's features were made with: (B, 3, S, S) uint8 -> maps (B, D, h, w).
+
+    provenance: how they were made, as the file `source` says it. weights: the state dict, if it is
+    not the pretrained one. Raises UserError for weights that the features were not made with.
+    """
+    network, made_with = build_backbone(config.backbone, weights, config.img_size)
+    sha256 = made_with["weights_sha256"]
+    if provenance.get("weights_sha256", sha256) != sha256:
+        raise UserError(
+            f"{source} was made with the weights {provenance.get('weights')}, not "
+            f"{made_with['weights']}: give that file as --weights"
+        )
+
+    pixels = PixelNormalization(config.backbone, provenance.get("normalization", "backbone"))
+    precision = PRECISIONS.get(provenance.get("precision"), torch.float32)
+    return Backbone(pixels, fold(network), device, precision, AT_ONCE[device.type])
+
+
+def read_crop(path: Path, img_size: int) -> Tensor:
+    """The crop of a picture that the backbone sees, (3, S, S) uint8.
+
+    Raises UserError if the picture cannot be read.
+    """
+    return read_image(path, image_transform(img_size))
+
+
+def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[Path]:
+    """The files named, and every picture in the folders named, by name.
+
+    Only the names in one folder are held in memory. tell(line) is told of a folder that cannot be
+    listed.
+    """
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
+
+    def tell_of_folder(error: OSError):
+        tell(f"{error.filename} could not be listed ({error.strerror})")
+
+    for place in places:
+        if not place.is_dir():
+            yield place
+            continue
+        for folder, folders, names in os.walk(place, onerror=tell_of_folder):
+            folders.sort()
+            for name in sorted(names):
+                if Path(name).suffix.lower() in endings:
+                    yield Path(folder, name)
+
+
+def read_batches(
+    paths: Iterator[Path], img_size: int, at_once: int, tell: Callable[[str], None]
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Batches of the pictures that can be read: their paths and crops (B, 3, S, S) uint8.
+
+    tell(line) is told of each of the others.
+    """
+
+    def read(path: Path) -> Tensor | Unreadable:
+        try:
+            return read_crop(path, img_size)
+        except UserError as error:
+            return Unreadable(error)
+
+    with ThreadPoolExecutor(granted_cores()) as threads:
+        while some := list(islice(paths, at_once)):
+            readable = []
+            for path, crop in zip(some, threads.map(read, some), strict=True):
+                if isinstance(crop, Unreadable):
+                    tell(crop)
+                else:
+                    readable.append((path, crop))
+            if readable:
+                names, crops = zip(*readable, strict=True)
+                yield list(names), collate(crops)

@@ -1,0 +1,127 @@
+"""The networks and classifiers behind a run's numbers: `winners` in model.pt.
+
+Each number of summary.json can be computed from them again (`scegg.report.evaluation`).
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from scegg.config import Config
+from scegg.features.reader import Features
+from scegg.method.evaluation import Scores
+from scegg.method.selection import Selection
+
+
+class Winners:
+    """What the numbers of a run came from; a part of checkpoints.
+
+    embedder: the weights that made the embeddings which EGGN sees now: "scen", or "scaler" in the
+    CNN-feature baseline. In the joint schedule SCEN itself is ahead of them.
+    kept, by the numbers that they gave: "local" and "global", embedder and `global_cls`. "picked",
+    "last_epoch" and "nothing_picked": a winner for "czsl" and, if it is evaluated, "gzsl".
+    A winner is the embedder with its `epoch`, the softmax classifier (`linear`), and the decoder
+    (`Dec`) if the run has one.
+    """
+
+    def __init__(self):
+        self.embedder, self.kept = {}, {}
+
+    def embed_with(self, name: str, network: nn.Module):
+        """Remember the network as it is now: it has just made the embeddings."""
+        self.embedder = {name: copy_of(network)}
+
+    def keep_stage(self, name: str, **networks: nn.Module):
+        """Keep what the numbers `name` after stage 1 or 2 came from."""
+        copies = {part: copy_of(network) for part, network in networks.items()}
+        self.kept[name] = self.embedder | copies
+
+    def keep_epoch(
+        self,
+        epoch: int,
+        selection: Selection,
+        scores: Scores,
+        decoder: nn.Module | None,
+        last: bool,
+    ):
+        """Keep what an evaluation's numbers came from, if they are the ones to report so far.
+
+        selection: it has taken the scores. last: whether this is EGGN's last epoch.
+        """
+        picked = [
+            kind for kind, entry in selection.picked.items() if entry and entry["epoch"] == epoch
+        ]
+        if not picked and not last:
+            return
+
+        networks = self.embedder | {"epoch": epoch}
+        if decoder is not None:
+            networks["Dec"] = copy_of(decoder)
+        best, final = (
+            {kind: networks | {"linear": linear} for kind, linear in scores.kept[name].items()}
+            for name in ("picked", "last")
+        )
+
+        for kind in picked:
+            self.kept.setdefault("picked", {})[kind] = best[kind]
+        if last:
+            self.kept["nothing_picked"] = final
+        if last and not selection.choice:
+            self.kept["last_epoch"] = best
+
+    def state_dict(self) -> dict:
+        """For checkpoints."""
+        return {"embedder": self.embedder, "kept": self.kept}
+
+    def load_state_dict(self, state: dict):
+        """From a checkpoint."""
+        self.embedder, self.kept = state["embedder"], state["kept"]
+
+
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers of a network as they are now, on its device."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def share_equal_tensors(state: dict) -> dict:
+    """The same nested dict on the CPU, in which equal tensors are one.
+
+    torch.save writes that one once. Winners share many: SCEN in the frozen schedule, the decoder
+    where the last epoch is the picked one.
+    """
+    known = {}
+
+    def shared(value):
+        if isinstance(value, dict):
+            return {name: shared(item) for name, item in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+
+        value = value.detach().cpu()
+        of_its_shape = known.setdefault((value.dtype, value.shape), [])
+        for other in of_its_shape:
+            if torch.equal(value, other):
+                return other
+        of_its_shape.append(value)
+        return value
+
+    return shared(state)
+
+
+def description(dataset: str, features: Features, config: Config) -> dict:
+    """What else model.pt says, so that it can be used where no feature file is.
+
+    features: how the maps were made: backbone, hash of its weights, image size, transform.
+    """
+    split = features.split
+    return {
+        "dataset": dataset,
+        "config": dataclasses.asdict(config),
+        "split_fingerprint": split.fingerprint,
+        "class_names": features.class_names,
+        "attribute_names": features.attribute_names,
+        "seen": split.seen.tolist(),
+        "unseen": split.unseen.tolist(),
+        "features": features.provenance,
+    }

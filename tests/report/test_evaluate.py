@@ -1,0 +1,182 @@
+"""evaluate.py: every number of a run computed again, what differs, what is refused."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+from helpers import (
+    ROOT,
+    feature_arrays,
+    read_summary,
+    run_training,
+    small_run_arguments,
+    write_features,
+)
+from scegg.report.evaluation import is_number
+from util import UserError, save_tensors
+
+WITHOUT_GUIDE = {"rec_seen_cls_weight": 0, "gen_unseen_cls_weight": 0}
+JOINT = {"scen_schedule": "joint", "joint_every": 2, "joint_refresh": 14, "joint_lr": 1e-3}
+# the kinds of run, by name: what each changes in the config
+KINDS = {
+    "paper": {"a1": 0.5, "a2": 0.5, "seen_bias": 0.1},
+    "validated": {"protocol": "validated", "nepoch": 3},
+    "joint": JOINT | {"joint_distill_iterations": 4, "nepoch": 3},
+    "cnn": WITHOUT_GUIDE | {"visual_features": "cnn"},
+    "no decoder, labels": {"use_decoder": False, "distill_target": "labels"},
+    "czsl, mlp": {"gzsl": False, "compose_runtime": "mlp", "freeze_dec": True},
+    "scen alone": {"nepoch": 0},
+}
+
+
+def train(folder, **changes):
+    """A small run on a feature file with xlsa17's val classes; returns (features, run folder)."""
+    arrays = feature_arrays()
+    is_val = [label in (0, 5) for label in arrays["labels"][arrays["trainval_loc"]]]
+    arrays["val_loc"] = arrays["trainval_loc"][is_val]
+    arrays["train_loc"] = arrays["trainval_loc"][[not value for value in is_val]]
+    features = write_features(folder / "features.hdf5", arrays)
+
+    settings = {"classifier_epochs": 6, "classifier_lr": 0.003, "scen_lr": 1e-3} | changes
+    argv = small_run_arguments(features, folder / "runs", **settings)
+    run_training("CUB", "sun_gzsl.yaml", argv)
+    (made,) = (folder / "runs").iterdir()
+    return features, made
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(features, run folder) of a run in the paper's protocol; the tests copy what they change."""
+    return train(tmp_path_factory.mktemp("paper"), **KINDS["paper"])
+
+
+def check(run, features, *more):
+    """evaluate.py on a run; returns its exit status."""
+    try:
+        evaluate.main(["--run", str(run), "--features", str(features), *map(str, more)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_computed_again_to_the_last_digit(tmp_path, capsys, kind):
+    features, run = train(tmp_path, **KINDS[kind])
+    table = capsys.readouterr().out.split("\n\n")[-1]
+    assert check(run, features) == 0
+
+    said, numbers = capsys.readouterr().out, list(filter(is_number, read_summary(run)))
+    assert said.startswith(table)
+    assert f"all {len(numbers)} numbers of summary.json are the same" in said
+    expected = {"scen alone": 8, "cnn": 14, "czsl, mlp": 12}.get(kind, 22)
+    assert len(numbers) == expected
+
+
+def test_a_winner_is_of_its_own_epoch_and_equal_tensors_are_stored_once(tmp_path):
+    """In the joint schedule SCEN goes on learning after the picked epoch."""
+    _, run = train(tmp_path, **KINDS["joint"], seed=3)
+    content = torch.load(run / "model.pt", weights_only=True)
+    winners = content["winners"]
+    stages = [winners["local"], *winners["picked"].values(), winners["nothing_picked"]["gzsl"]]
+    by_epoch = {stage.get("epoch", 0): stage["scen"]["len.V"] for stage in stages}
+    assert len(by_epoch) > 2
+    distinct = {tuple(tensor.flatten().tolist()) for tensor in by_epoch.values()}
+    assert len(distinct) == len(by_epoch)
+
+    tensors = {}
+
+    def collect(value):
+        for item in value.values() if isinstance(value, dict) else ():
+            collect(item)
+        if isinstance(value, torch.Tensor):
+            tensors[value.untyped_storage().data_ptr()] = value
+
+    collect(content)
+    values = [(tensor.shape, tensor.numpy().tobytes()) for tensor in tensors.values()]
+    assert len(set(values)) == len(values)
+
+
+def test_a_number_that_differs_is_named(trained, tmp_path, capsys):
+    features, run = trained
+    shutil.copytree(run, tmp_path / "run")
+    summary = read_summary(run)
+    summary["best_H"] += 1e-6
+    summary["val_best_H"] = 3.0
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+
+    assert check(tmp_path / "run", features) == 1
+    said = capsys.readouterr().err
+    assert f"differs: best_H is {read_summary(run)['best_H']}, and {summary['best_H']} in" in said
+    assert "differs: val_best_H is None, and 3.0 in summary.json" in said
+    assert "2 numbers differ: the run was computed on cpu, this on cpu" in said
+
+
+def test_the_report_adds_up_to_the_numbers(trained, tmp_path):
+    features, run = trained
+    assert check(run, features, "--report", "--output", tmp_path / "report") == 0
+    summary = read_summary(run)
+
+    def rows(name, **wanted):
+        with open(tmp_path / "report" / f"{name}.csv", newline="") as file:
+            found = list(csv.DictReader(file))
+        return [row for row in found if wanted.items() <= row.items()]
+
+    def mean(**wanted):
+        values = [float(row["accuracy"]) for row in rows("per_class", **wanted)]
+        return pytest.approx(sum(values) / len(values), abs=1e-3)
+
+    picked = {"numbers": "picked", "task": "gzsl"}
+    assert summary["best_acc_unseen"] == mean(**picked, kind="unseen")
+    assert summary["best_acc_seen"] == mean(**picked, kind="seen")
+    assert summary["last_acc_zs"] == mean(numbers="nothing_picked", task="czsl")
+    assert summary["local_acc_seen"] == mean(numbers="local", task="gzsl", kind="seen")
+
+    worst = rows("confusions", **picked)
+    shares = [float(row["share"]) for row in worst]
+    assert 0 < len(worst) <= 20 and shares == sorted(shares, reverse=True)
+    assert all(row["class"] != row["predicted"] for row in worst)
+    images = {row["class"]: int(row["images"]) for row in rows("per_class", **picked)}
+    for row in worst:
+        share = 100 * int(row["images"]) / images[row["class"]]
+        assert float(row["share"]) == pytest.approx(share, abs=1e-3)
+
+
+def test_a_run_of_an_older_version_says_what_it_lacks():
+    older = ROOT / "tests" / "golden" / "older_run"
+    with pytest.raises(UserError, match="older version: its model.pt lacks the classifiers"):
+        check(older, older / "features.hdf5")
+
+
+def test_a_model_that_is_not_the_runs_own_is_refused(trained, tmp_path):
+    features, run = trained
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "model.pt"
+    content = torch.load(path, weights_only=True)
+    content["winners"]["picked"]["gzsl"]["linear"]["weight"][0] += 1
+    save_tensors(path, content)
+    with pytest.raises(UserError, match="model.pt is not the file that the run wrote"):
+        check(tmp_path / "run", features)
+
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(UserError, match="model.pt is damaged"):
+        check(tmp_path / "run", features)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--format", "csv"], "--format goes with --images"),
+        (["--attention"], "--attention goes with --images"),
+        (["--output", "x"], "--output goes with --report or --attention"),
+        (["--images", "a.jpg", "--report"], "--report goes without --images"),
+        (["--features", "none.hdf5"], "none.hdf5 is missing"),
+        (["--run", "nowhere"], "config.yaml is missing: name a run's folder"),
+    ],
+)
+def test_mistakes_of_evaluate(trained, argv, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--run", str(trained[1]), *argv])
