@@ -13,8 +13,7 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from scegg.datasets.text_files import text_encoding
-from util import UserError, survives
+from util import UserError, survives, text_encoding
 
 PATIENCE = 120  # seconds that reading a .mat file may take
 

@@ -20,7 +20,7 @@ from scegg.datasets.layouts import LAYOUTS
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
-from util import UserError, is_of_disk, load_tensors, unreadable
+from util import UserError, is_of_disk, load_tensors, text_encoding, unreadable
 
 NOT_FINISHED = "the run is not finished"
 REMEDIES = {
@@ -86,7 +86,8 @@ def read_results(folder: Path) -> tuple[str, dict, str, dict]:
     Raises UserError if summary.json or model.pt is damaged.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(text_encoding(path)))
         weights = load_tensors(folder / "model.pt")
         return summary["dataset"], weights, weights["split_fingerprint"], dict(summary["config"])
     except UserError:
