@@ -1,8 +1,12 @@
 """What every other module leans on: errors for people, safe files, locks, seeds, devices.
 
-Upstream of everything: this module imports nothing of the project.
+Upstream of everything: this module imports nothing of the project but `scegg` itself, which has to
+come before torch.
 """
 
+import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
+
+# isort: split
 import argparse
 import codecs
 import contextlib
