@@ -25,15 +25,16 @@ from util import UserError, atomic_path, locked, remove_partials
 BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
 
 
-def repacked(path: Path, maps: h5py.Dataset) -> h5py.File:
+def repacked(path: Path, stamp: tuple[int, int], maps: h5py.Dataset) -> h5py.File:
     """An open file with the same maps (N, D, h, w) in float32, uncompressed, image after image.
 
-    path: where `maps` are. The file lies beside it and stays, for later runs. Where there is no
-    room for it, it lies in the system's temporary folder for as long as it is open.
+    path, stamp: of the file that `maps` are in; by now another may have its name. The repacked file
+    lies beside it and stays, for later runs. Where there is no room for it, it lies in the system's
+    temporary folder for as long as it is open.
     Raises UserError if there is no room either, and an error of h5py or ISA-L over damaged bytes.
     """
     size = 4 * maps.size
-    target = repacked_path(path)
+    target = repacked_path(path, stamp)
     if not target.is_file() and not has_room(path.parent, size):
         return repacked_for_now(path, maps, size)
 
@@ -48,10 +49,9 @@ def repacked(path: Path, maps: h5py.Dataset) -> h5py.File:
     return open_repacked(target, maps)
 
 
-def repacked_path(path: Path) -> Path:
+def repacked_path(path: Path, stamp: tuple[int, int]) -> Path:
     """The repacked file of a feature file; it has another name once that has changed."""
-    stat = path.stat()
-    key = hashlib.sha256(repr((stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
     return path.with_name(f"{path.name}.{key}.repacked")
 
 

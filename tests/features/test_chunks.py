@@ -75,6 +75,19 @@ def test_a_file_is_repacked_once_and_anew_when_it_changes(tmp_path, capsys):
     assert np.array_equal(open_features(path).raw(np.array([7])).numpy(), 2 * maps[[7]])
 
 
+def test_a_file_that_was_replaced_meanwhile_is_not_taken_for_the_new_one(tmp_path):
+    path, new = tmp_path / "f.hdf5", tmp_path / "new.hdf5"
+    maps, some = foreign_features(path, (40, 5, 1, 1)), np.array([7])
+    opened = open_features(path)
+    foreign_features(new, (40, 5, 1, 1))
+    with h5py.File(new, "r+") as changed:
+        changed["feature_map"][7] = 2 * maps[7]
+    os.replace(new, path)
+
+    assert np.array_equal(opened.raw(some).numpy(), maps[some])
+    assert np.array_equal(open_features(path).raw(some).numpy(), 2 * maps[some])
+
+
 def test_random_batches_without_a_cache_come_from_the_repacked_file(tmp_path):
     maps = foreign_features(tmp_path / "f.hdf5", (108, 3, 1, 1), compression="gzip")
     features = open_features(tmp_path / "f.hdf5")
