@@ -47,6 +47,16 @@ def rank_of_ranks() -> tuple[int, int]:
     return rank, ranks
 
 
+def require_one_process():
+    """Raises UserError where the environment tells of several processes; training is one."""
+    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    if rank or ranks not in (None, 1):
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={ranks} tell of several processes, each of which would "
+            "train a run of its own: start one process, without torchrun, and unset both"
+        )
+
+
 HOW_TO_START = "start the ranks with torchrun, or unset RANK and WORLD_SIZE for a single process"
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import train_joint
 from helpers import ROOT
 from scegg.datasets import toy
 from scegg.features import parts, ranks
@@ -80,6 +81,25 @@ def test_an_environment_that_makes_no_sense_is_refused(environment, values, mess
     environment(**values)
     with pytest.raises(UserError, match=message):
         rank_of_ranks()
+
+
+@pytest.mark.parametrize(
+    "values, refused",
+    [
+        ({}, False),
+        ({"RANK": 0}, False),
+        ({"RANK": 0, "WORLD_SIZE": 1}, False),
+        ({"WORLD_SIZE": 2}, True),
+        ({"RANK": 0, "WORLD_SIZE": 2}, True),
+        ({"RANK": 1, "WORLD_SIZE": 1}, True),
+        ({"RANK": 3}, True),
+    ],
+)
+def test_training_is_refused_in_several_processes(environment, values, refused):
+    environment(**values)
+    message = "several processes, each of which would train" if refused else "none.yaml could not"
+    with pytest.raises(UserError, match=message):
+        train_joint.main(["--config", "none.yaml"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
