@@ -28,6 +28,7 @@ class Stop:
             os._exit(0)
 sys.meta_path.insert(0, Stop())
 import {module}
+import torch
 """
 
 
