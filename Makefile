@@ -33,11 +33,12 @@ demo: toy
 	    --backbone efficientnet_lite2 --img_size 224 --normalization backbone
 	$(BIN)/python train_joint.py --wandb offline
 
+# Two tests at a time: most of them wait for processes that they started.
 test: lint
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal
 
 test-long: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests -m "long or not long"
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist worksteal -m "long or not long"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check

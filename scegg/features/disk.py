@@ -3,6 +3,7 @@
 HDF5 reads and writes through them, so it asks for no locks of its own, which many mounts lack.
 """
 
+import atexit
 import contextlib
 import errno
 import io
@@ -135,3 +136,13 @@ def new_hdf5(path: Path):
         with h5py.File(disk, "w") as file:
             yield file, check
         check()
+
+
+@atexit.register
+def close_hdf5_files():
+    """Close every HDF5 file that is still open when the interpreter ends.
+
+    HDF5 would close them itself, but later: then the files of this module are gone, and it crashes.
+    """
+    for file in h5py.h5f.get_obj_ids(types=h5py.h5f.OBJ_FILE):
+        h5py.File(file).close()

@@ -1,13 +1,15 @@
 """Reading a feature file: what a damaged or foreign one is told, and normalised maps."""
 
 import contextlib
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from helpers import feature_arrays, write_features
+from helpers import ROOT, feature_arrays, write_features
 from scegg.features.reader import normalize_positions, open_features
 from util import UserError
 
@@ -144,3 +146,17 @@ def test_normalize_positions():
     assert maps.shape == (2, 12, 5) and maps.is_contiguous()
     torch.testing.assert_close(maps.norm(dim=2), torch.ones(2, 12))
     torch.testing.assert_close(maps[1, 7], raw[1, :, 1, 3] / raw[1, :, 1, 3].norm())
+
+
+LEAVE_A_FILE_OPEN = """
+import ctypes, sys
+from scegg.features.reader import open_features
+
+features = open_features(sys.argv[1])
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(features.file.id))
+"""
+
+
+def test_a_file_that_is_never_closed_does_not_crash_the_end(features):
+    command = [sys.executable, "-c", LEAVE_A_FILE_OPEN, str(features)]
+    assert subprocess.run(command, cwd=ROOT, timeout=120).returncode == 0

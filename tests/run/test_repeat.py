@@ -74,7 +74,7 @@ def outcomes(features, folder, times, iterations):
 
 @pytest.mark.slow
 def test_a_run_repeats_bit_for_bit_under_load(wide_features, tmp_path):
-    assert len(outcomes(wide_features, tmp_path, times=3, iterations=30)) == 1
+    assert len(outcomes(wide_features, tmp_path, times=2, iterations=30)) == 1
 
 
 @pytest.mark.long
