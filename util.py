@@ -94,7 +94,11 @@ def codes(*names: str) -> set[int]:
 
 
 REMEDIES = {
-    "free some disk space": codes("ENOSPC", "EDQUOT", "EFBIG"),
+    "free some disk space": codes("ENOSPC", "EDQUOT"),
+    "take a disk that has larger files, or raise the limit (ulimit -f)": codes("EFBIG"),
+    "allow more open files (ulimit -n)": codes("EMFILE", "ENFILE"),
+    "free some memory": codes("ENOMEM"),
+    "give a shorter name": codes("ENAMETOOLONG"),
     "close the program that holds it open": codes("EBUSY", "ETXTBSY", "EAGAIN"),
     "get the right to use it": codes("EACCES", "EPERM"),
     "let its disk be written to": codes("EROFS"),

@@ -5,8 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,7 +119,27 @@ def test_an_address_that_does_not_answer_is_refused_in_seconds(
     assert time.monotonic() - began < 20
 
 
+def test_something_else_that_listens_there_is_not_waited_for(environment, monkeypatch):
+    monkeypatch.setattr(ranks, "REACH", 0.5)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=mute.getsockname()[1])
+        with pytest.raises(UserError, match="the ranks cannot meet at .*: give the first rank's"):
+            ranks.meet(1)
+
+
 # ---------------------------------------------------------------- life and death
+
+
+def test_a_first_rank_that_was_stopped_is_given_up(monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    stopped = threading.Event()
+    store = ranks.PatientStore(SimpleNamespace(check=stopped.wait, add=pytest.fail))
+    for call in (lambda: store.check(60), lambda: store.add("beats/1", 1)):
+        with pytest.raises(UserError, match="the first rank did not answer for 0.2 seconds"):
+            call()
+    stopped.set()
 
 
 @pytest.fixture
