@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 from isal import isal_zlib
 
-from util import UserError, stamp, unreadable
+from util import UserError, is_of_disk, stamp, unreadable
 
 # what h5py and ISA-L raise over damaged bytes
 DAMAGE = (
@@ -79,6 +79,8 @@ class SourceFile(io.FileIO):
             if self.error is not None:
                 raise unreadable(self.path, self.error) from None
             self.require_unchanged()
+            if is_of_disk(error):  # that of another file, which is made from this one
+                raise unreadable(error.filename or self.path, error) from None
             raise UserError(f"{self.path} {problem} ({error}): {remedy}") from None
         except UserError:
             self.require_unchanged()

@@ -54,8 +54,8 @@ def require_one_process():
     rank, ranks = number("RANK"), number("WORLD_SIZE")
     if rank or ranks not in (None, 1):
         raise UserError(
-            f"RANK={rank} and WORLD_SIZE={ranks} tell of several processes, each of which would "
-            "train a run of its own: start one process, without torchrun, and unset both"
+            "RANK and WORLD_SIZE tell of several processes, each of which would train a run of its "
+            "own: start one process, without torchrun, and unset both"
         )
 
 

@@ -12,20 +12,37 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
 from scegg.features.chunks import Target, images_in_chunk, read_chunks
-from scegg.features.disk import new_hdf5
-from scegg.features.feature_file import MAPS
-from util import UserError, atomic_path, locked, remove_partials
+from scegg.features.disk import SourceFile, new_hdf5
+from scegg.features.feature_file import MAPS, read_maps
+from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
 
+AGAIN = "delete it and run again"
 BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
 
 
-def repacked(path: Path, stamp: tuple[int, int], maps: h5py.Dataset) -> h5py.File:
+class Repacked(NamedTuple):
+    """A repacked file, open, as the system and as HDF5 see it."""
+
+    disk: SourceFile
+    file: h5py.File
+
+    def read(self, indices: np.ndarray, maps: np.ndarray):
+        """Read the images `indices` into maps (n, D, h, w) float32.
+
+        Raises UserError for damaged data, and for a disk that fails.
+        """
+        with self.disk.reading("is damaged", AGAIN):
+            read_maps(self.file[MAPS], indices, maps)
+
+
+def repacked(path: Path, stamp: tuple[int, int], maps: h5py.Dataset) -> Repacked:
     """An open file with the same maps (N, D, h, w) in float32, uncompressed, image after image.
 
     path, stamp: of the file that `maps` are in; by now another may have its name. The repacked file
@@ -55,7 +72,7 @@ def repacked_path(path: Path, stamp: tuple[int, int]) -> Path:
     return path.with_name(f"{path.name}.{key}.repacked")
 
 
-def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> h5py.File:
+def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> Repacked:
     """`repacked` in the temporary folder. The file has no name there once it is open."""
     folder = Path(tempfile.gettempdir())
     if not has_room(folder, size):
@@ -72,7 +89,7 @@ def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> h5py.File:
         write(Path(name), maps)
         return open_repacked(Path(name), maps)
     except OSError as error:
-        raise UserError(f"{name} could not be written ({error.strerror or error})") from None
+        raise unwritable(Path(name), error, ", or let TMPDIR name another folder") from None
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file
             os.unlink(name)
@@ -92,15 +109,21 @@ def tell(path: Path, maps: h5py.Dataset, target: Path, size: int):
     )
 
 
-def open_repacked(target: Path, maps: h5py.Dataset) -> h5py.File:
-    """The repacked file, open. Raises UserError if it does not hold such maps."""
+def open_repacked(target: Path, maps: h5py.Dataset) -> Repacked:
+    """The repacked file, open.
+
+    Raises UserError if it does not hold such maps, and if the disk does not give it.
+    """
     try:
-        file = h5py.File(target, "r", locking=False)
-        if file[MAPS].shape == maps.shape and file[MAPS].dtype == np.float32:
-            return file
-    except (OSError, KeyError, RuntimeError):
-        pass
-    raise UserError(f"{target} is damaged: delete it and run again")
+        disk = SourceFile(target)
+    except OSError as error:
+        raise unreadable(target, error) from None
+
+    with disk.reading("is damaged", AGAIN):
+        file = h5py.File(disk, "r")
+        if file[MAPS].shape != maps.shape or file[MAPS].dtype != np.float32:
+            raise ValueError("it holds other maps")
+        return Repacked(disk, file)
 
 
 def write(path: Path, maps: h5py.Dataset):

@@ -24,8 +24,8 @@ def before_torch():
     Threads that wait for each other give their cores away at once. By default they keep them for
     milliseconds. If another program wants the cores, every layer of a network then waits so long.
     Where a container grants a part of its machine, there are as many threads as granted cores.
-    On Intel's processors MKL always adds in one order: its code path, the sizes of its caches and
-    its threads' shares are fixed. The numbers are those that it gives without.
+    On Intel's processors MKL's switch for repeatable sums is on: it adds in one order, for as many
+    threads. The numbers are those that it gives without.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))

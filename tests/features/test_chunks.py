@@ -1,5 +1,6 @@
 """Feature files of other writers: chunks of any shape, any floats, whole and damaged."""
 
+import errno
 import os
 import zlib
 
@@ -161,8 +162,33 @@ def test_a_damaged_repacked_file_is_named(tmp_path):
     open_features(path).raw(np.array([0]))
     (file,) = tmp_path.glob("*.repacked")
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"\.repacked is damaged: delete it and run again"):
+    with pytest.raises(UserError, match=r"\.repacked is damaged .*: delete it and run again"):
         open_features(path).raw(np.array([0]))
+
+
+def test_a_mount_that_goes_away_while_a_file_is_repacked_is_no_damage(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    path = tmp_path / "f.hdf5"
+    foreign_features(path, (40, 5, 1, 1))
+    features = open_features(path)
+    monkeypatch.setattr(repack.shutil, "disk_usage", stale)
+    with pytest.raises(UserError, match="could not be read .*: see whether its disk or mount"):
+        features.raw(np.array([0]))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="EIO comes from Linux's /proc")
+def test_a_repacked_file_that_the_disk_does_not_give_is_no_damage(tmp_path):
+    path = tmp_path / "f.hdf5"
+    foreign_features(path, (40, 5, 1, 1))
+    features = open_features(path)
+    features.raw(np.array([0]))
+    with open("/proc/self/mem", "rb") as gone:
+        os.dup2(gone.fileno(), features.repacked.disk.fileno())
+    message = r"\.repacked could not be read \(Input/output error\): see whether its disk"
+    with pytest.raises(UserError, match=message):
+        features.raw(np.array([1]))
 
 
 def test_floats_that_numpy_lacks_are_left_to_hdf5(tmp_path):

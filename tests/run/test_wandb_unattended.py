@@ -137,7 +137,7 @@ def test_a_variable_that_wandb_itself_refuses_is_told(monkeypatch):
 
     monkeypatch.setattr(folder.wandb, "setup", refuse)
     with pytest.raises(UserError, match="whitespace: correct this WANDB_ variable"):
-        folder.wandb_mode(None)
+        folder.set_up_wandb()
 
 
 def test_waiting_is_bounded():
