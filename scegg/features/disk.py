@@ -65,6 +65,18 @@ class SourceFile(io.FileIO):
         view[:] = bytes(len(view))  # behind the file's end, as HDF5 does
         return len(buffer)
 
+    def read_at(self, count: int, offset: int) -> bytes:
+        """So many bytes from an offset on; any thread may ask. Raises ValueError behind the end."""
+        try:
+            content = os.pread(self.fileno(), count, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self.error = error
+            raise
+        if len(content) != count:  # one call gives 2 GB at most
+            raise ValueError("it ends too early")
+        return content
+
     @contextlib.contextmanager
     def reading(self, problem: str, remedy: str):
         """Read the file in a block, and turn what fails there into a UserError.

@@ -101,7 +101,7 @@ class Features:
     @functools.cached_property
     def repacked(self) -> Repacked:
         """The repacked file, open."""
-        return repacked(self.path, self.disk.stamp, self.file[MAPS])
+        return repacked(self.disk, self.file[MAPS])
 
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.

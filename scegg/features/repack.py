@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from scegg.features.chunks import Target, images_in_chunk, read_chunks
+from scegg.features.chunks import Target, images_in_chunk, read_chunks, stored_chunks
 from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import MAPS, read_maps
 from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
@@ -42,27 +42,27 @@ class Repacked(NamedTuple):
             read_maps(self.file[MAPS], indices, maps)
 
 
-def repacked(path: Path, stamp: tuple[int, int], maps: h5py.Dataset) -> Repacked:
+def repacked(disk: SourceFile, maps: h5py.Dataset) -> Repacked:
     """An open file with the same maps (N, D, h, w) in float32, uncompressed, image after image.
 
-    path, stamp: of the file that `maps` are in; by now another may have its name. The repacked file
-    lies beside it and stays, for later runs. Where there is no room for it, it lies in the system's
+    disk: the file that `maps` are in; by now another may have its name. The repacked file lies
+    beside it and stays, for later runs. Where there is no room for it, it lies in the system's
     temporary folder for as long as it is open.
     Raises UserError if there is no room either, and an error of h5py or ISA-L over damaged bytes.
     """
     size = 4 * maps.size
-    target = repacked_path(path, stamp)
-    if not target.is_file() and not has_room(path.parent, size):
-        return repacked_for_now(path, maps, size)
+    target = repacked_path(disk.path, disk.stamp)
+    if not target.is_file() and not has_room(target.parent, size):
+        return repacked_for_now(disk, maps, size)
 
     lock = target.with_name(f".{target.name}.lock")
     if not target.is_file():
         with locked(lock, f"writing {target}", wait=True):
             if not target.is_file():  # whoever held the lock may have written it
                 remove_partials(target.parent, target.name)
-                tell(path, maps, target, size)
+                tell(disk.path, maps, target, size)
                 with atomic_path(target) as temporary:
-                    write(temporary, maps)
+                    write(temporary, disk, maps)
     return open_repacked(target, maps)
 
 
@@ -72,9 +72,9 @@ def repacked_path(path: Path, stamp: tuple[int, int]) -> Path:
     return path.with_name(f"{path.name}.{key}.repacked")
 
 
-def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> Repacked:
+def repacked_for_now(disk: SourceFile, maps: h5py.Dataset, size: int) -> Repacked:
     """`repacked` in the temporary folder. The file has no name there once it is open."""
-    folder = Path(tempfile.gettempdir())
+    path, folder = disk.path, Path(tempfile.gettempdir())
     if not has_room(folder, size):
         raise UserError(
             f"{images_in_chunk(maps)} images share each chunk of {path}, so its maps must be "
@@ -86,7 +86,7 @@ def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> Repacked:
     descriptor, name = tempfile.mkstemp(dir=folder)
     os.close(descriptor)
     try:
-        write(Path(name), maps)
+        write(Path(name), disk, maps)
         return open_repacked(Path(name), maps)
     except OSError as error:
         raise unwritable(Path(name), error, ", or let TMPDIR name another folder") from None
@@ -126,8 +126,12 @@ def open_repacked(target: Path, maps: h5py.Dataset) -> Repacked:
         return Repacked(disk, file)
 
 
-def write(path: Path, maps: h5py.Dataset):
-    """Make the file: every chunk of `maps` is unpacked once. Raises OSError for a full disk."""
+def write(path: Path, source: SourceFile, maps: h5py.Dataset):
+    """Make the file: every chunk of `maps` is unpacked once. Raises OSError for a full disk.
+
+    source: the file that `maps` are in.
+    """
+    stored = reading(stored_chunks, maps, source)
     with (
         new_hdf5(path) as (file, check),
         tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,
@@ -138,17 +142,17 @@ def write(path: Path, maps: h5py.Dataset):
             shape = (len(images), len(channels), *maps.shape[2:])
             memory = memory if memory.size else np.empty(math.prod(shape), np.float32)
             block = memory[: math.prod(shape)].reshape(shape)
-            read_block(maps, Target(block, images.start, channels.start))
+            reading(read_chunks, maps, [Target(block, images.start, channels.start)], stored)
             target[images.start : images.stop, channels.start : channels.stop] = block
             check()
             if channels.stop == maps.shape[1]:
                 bar.update(len(images))
 
 
-def read_block(maps: h5py.Dataset, target: Target):
-    """`read_chunks`, but damaged bytes are a ValueError: an OSError is one of the new file."""
+def reading(action: Callable, *arguments):
+    """What reads the old file; its damaged bytes are a ValueError: an OSError is the new file's."""
     try:
-        read_chunks(maps, [target])
+        return action(*arguments)
     except OSError as error:
         raise ValueError(str(error)) from error
 

@@ -57,6 +57,20 @@ def test_parts_of_maps_are_read(tmp_path, filters):
     assert np.array_equal(part, maps[25:55, 8:19])
 
 
+@pytest.mark.parametrize("before", [0, 512])
+def test_chunks_may_lie_anywhere_in_the_file(tmp_path, before):
+    arrays = feature_arrays()
+    maps = arrays.pop("feature_map")
+    with h5py.File(tmp_path / "f.hdf5", "w", userblock_size=before) as file:
+        for name, array in arrays.items():
+            file[name] = array
+        target = file.create_dataset("feature_map", maps.shape, "f4", chunks=(40, 5, 1, 1))
+        for image in (80, 0, 40):
+            for row in (2, 0, 1):
+                target[image : image + 40, :, row] = maps[image : image + 40, :, row]
+    assert np.array_equal(open_features(tmp_path / "f.hdf5").raw(np.arange(108)).numpy(), maps)
+
+
 def test_a_file_is_repacked_once_and_anew_when_it_changes(tmp_path, capsys):
     path = tmp_path / "f.hdf5"
     maps = foreign_features(path, (40, 5, 1, 1), compression="gzip")
