@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from scegg.features.images import MEGAPIXELS
 from scegg.report.evaluation import differences, evaluate_run, write_report
 from scegg.report.prediction import FORMATS, HEADS, Predictor, predict
 from scegg.run.summary import result_rows, result_table
@@ -55,6 +56,8 @@ def parse_arguments(argv=None):
     flag("--attention", action="store_true", help="draw what spoke for each picture's best class")
     flag("--format", choices=list(FORMATS), default="text", help="json: one object a line")
     flag("--weights", type=Path, help="the backbone's state dict, if the features had one")
+    help = f"a larger picture is refused as a decompression bomb (default: {MEGAPIXELS})"
+    flag("--max_megapixels", type=int, default=MEGAPIXELS, help=help)
     options = parser.parse_args(argv)
 
     others = ("features", "report") if options.images else ("attention", "weights")
@@ -125,7 +128,8 @@ def name_pictures(files: RunFiles, options) -> bool:
     with contextlib.redirect_stdout(sys.stderr), fast_matmul(device):
         predictor = Predictor(files, device, options.weights)
         put(out, HEADS.get(options.format, ""))
-        for item in predict(predictor, options.images, device, tell, folder):
+        pictures = predict(predictor, options.images, device, tell, folder, options.max_megapixels)
+        for item in pictures:
             put(out, FORMATS[options.format](item))
             count += 1
 

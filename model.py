@@ -6,6 +6,9 @@ Shapes: B images, R = h*w positions, D channels, K attributes, C classes (Cs see
 word vector. Sections are those of docs/method.md: 4 LEN, 5 GEN, 6 EGGN, 10 the exact shortcuts.
 """
 
+import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
+
+# isort: split
 from itertools import pairwise
 from typing import NamedTuple
 

@@ -1,9 +1,14 @@
 """What every other module leans on: errors for people, safe files, locks, seeds, devices.
 
-Upstream of everything: this module imports nothing of the project.
+Upstream of everything: this module imports nothing of the project but `scegg` itself, which has to
+come before torch.
 """
 
+import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
+
+# isort: split
 import argparse
+import codecs
 import contextlib
 import errno
 import faulthandler
@@ -94,10 +99,16 @@ def codes(*names: str) -> set[int]:
 
 
 REMEDIES = {
-    "free some disk space": codes("ENOSPC", "EDQUOT", "EFBIG"),
+    "free some disk space": codes("ENOSPC", "EDQUOT"),
+    "take a disk that has larger files, or raise the limit (ulimit -f)": codes("EFBIG"),
+    "allow more open files (ulimit -n)": codes("EMFILE", "ENFILE"),
+    "free some memory": codes("ENOMEM"),
+    "give a shorter name": codes("ENAMETOOLONG"),
     "close the program that holds it open": codes("EBUSY", "ETXTBSY", "EAGAIN"),
     "get the right to use it": codes("EACCES", "EPERM"),
     "let its disk be written to": codes("EROFS"),
+    "see whether it is there": codes("ENOENT", "ENOTDIR"),
+    "give the name of a file": codes("EISDIR"),
     "see whether its disk or mount is still there": codes(
         "EIO", "ESTALE", "ENOTCONN", "ENXIO", "ENODEV", "EREMOTEIO", "ESHUTDOWN",
         "ECONNABORTED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH",
@@ -252,6 +263,16 @@ def require_file_size(folder: Path, size: float, what: str):
             f"{what} will take {size / 1e9:.2f} GB, and the disk of {folder} takes no file of that "
             f"size ({error.strerror}): name another place"
         ) from None
+
+
+def text_encoding(path: Path) -> str:
+    """The encoding of a text file: UTF-16 where it begins with its mark, else UTF-8.
+
+    Either reads past the byte order mark that Windows writes.
+    """
+    with open(path, "rb") as file:
+        start = file.read(2)
+    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def write_text(path: Path, text: str):

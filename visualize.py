@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from scegg.features.images import MEGAPIXELS
 from scegg.report.attention import attention_figure, dataset_images, read_images
 from scegg.report.curves import curve_figure, read_curve
 from scegg.report.style import save
@@ -39,9 +40,11 @@ def draw(options) -> Figure:
         return tsne_figure(run, cnn, options.seed)
 
     if options.images:
-        images = read_images(run, options.images, options.weights)
+        images = read_images(run, options.images, options.weights, options.max_megapixels)
     else:
-        images = dataset_images(run, options.data_root, options.count, options.seed)
+        images = dataset_images(
+            run, options.data_root, options.count, options.seed, options.max_megapixels
+        )
     return attention_figure(run, images)
 
 
@@ -54,7 +57,7 @@ def parse_arguments(argv=None):
     add_curve(commands)
     options = parser.parse_args(argv)
 
-    for name, least in (("seed", 0), ("count", 1)):
+    for name, least in (("seed", 0), ("count", 1), ("max_megapixels", 1)):
         value = getattr(options, name, least)
         if not least <= value < 2**32:
             raise UserError(f"--{name} {value}: must be from {least} to {2**32 - 1}")
@@ -129,6 +132,12 @@ def add_attention(commands):
     )
 
     command.add_argument("--count", type=int, default=4, help="so many test images")
+    command.add_argument(
+        "--max_megapixels",
+        type=int,
+        default=MEGAPIXELS,
+        help=f"a larger image is refused as a decompression bomb (default: {MEGAPIXELS})",
+    )
     command.add_argument(
         "--data_root", type=Path, default=Path("data"), help="where the dataset's images are"
     )

@@ -12,3 +12,5 @@ whole_runs      whole training runs, in a process of their own
 plain_run       a whole run of scegg/method/plain.py
 gpu             all that a GPU has to show, by one command
 """
+
+import scegg  # noqa: F401, before torch: it sets what that reads when it is loaded

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from util import UserError
+from util import UserError, text_encoding, unreadable
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "wandb_config"
 
@@ -305,10 +305,12 @@ def check_together(config: Config):
 def read_values(path: Path) -> dict:
     """The keys and checked values of one W&B YAML file. Raises UserError as read_config does."""
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"config {path} could not be read ({reason})") from None
+        text = Path(path).read_text(text_encoding(path))
+        content = yaml.load(text, Loader=UniqueKeyLoader)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeError as error:
+        raise UserError(f"config {path} is no UTF-8 ({error}): save it as UTF-8") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         # PyYAML raises all of these over a strange file
         raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None

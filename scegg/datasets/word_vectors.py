@@ -12,8 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scegg.datasets.pickled_array import read_pickle
-from scegg.datasets.text_files import text_encoding
-from util import UserError, is_of_disk, unchanged, unreadable
+from util import UserError, is_of_disk, text_encoding, unchanged, unreadable
 
 # words of CUB that word2vec-google-news-300 lacks, and what is looked up for them in every model
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}

@@ -13,10 +13,10 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from scegg.datasets.text_files import text_encoding
-from util import UserError, survives
+from util import UserError, survives, text_encoding
 
 PATIENCE = 120  # seconds that reading a .mat file may take
+PADDING = " \t\0\x1a"  # of a line of a text; the last ended files of DOS
 
 
 def read_dataset(data_root: Path, dataset: str) -> tuple[Split, list[str], list[str]]:
@@ -210,8 +210,9 @@ def read_attribute_names(data_root: Path, dataset: str, count: int) -> list[str]
         mat = read_mat(path, ("attributes",))
         names = cell_texts(mat["attributes"], f"{path}: attributes")
     else:
-        lines = path.read_text(text_encoding(path), errors="replace").splitlines()
-        names = [re.sub(r"^\s*\d+\s+", "", line).strip() for line in lines if line.strip()]
+        lines = path.read_text(text_encoding(path), errors="replace").split("\n")
+        lines = [line.strip(PADDING) for line in lines]
+        names = [re.sub(r"^\d+\s+", "", line) for line in lines if line]
 
     if len(names) != count:
         raise UserError(

@@ -7,6 +7,8 @@ copy narrow ones number by number.
 
 import itertools
 import math
+import operator
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,11 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
+from scegg.features.disk import SourceFile
 from scegg.speed.threads import granted_cores
 
 LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at least one column
 HELD = 1 << 28  # bytes of chunks that are held unpacked, at least one column
-STRIP = 1 << 18  # bytes of maps that are joined at once, so that they stay in a core's cache
 
 
 class Target(NamedTuple):
@@ -36,27 +38,27 @@ def images_in_chunk(dataset: h5py.Dataset) -> int:
     return min(dataset.chunks[0], len(dataset)) if dataset.chunks else 1
 
 
-def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target]):
+def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: "Stored | None" = None):
     """Fill the targets from a chunked dataset of maps (N, D, h, w) of any floats.
 
+    stored: gives the chunks as they are stored; an `Index` does so faster, if many are read.
     A chunk is unpacked once for each target that it overlaps. Memory is bounded by `HELD`, or by a
     column: all chunks of the same images and channels. Raises ValueError, or an error of h5py or
     ISA-L, over damaged bytes.
     """
     packing = Packing.of(dataset)
-    pieces = ((target, column) for target in targets for column in columns(dataset, target))
     if packing is None:
-        for target, column in pieces:
-            for corner in column:
-                chunk = zip(corner, dataset.chunks, strict=True)
-                place(dataset[tuple(slice(at, at + size) for at, size in chunk)], corner, target)
+        for target in targets:
+            read_by_hdf5(dataset, target)
         return
 
+    stored = stored or Stored(dataset)
+    pieces = ((target, column) for target in targets for column in columns(dataset, target))
     column_bytes = packing.size * math.prod(packing.grid)
     with ThreadPoolExecutor(granted_cores()) as pool:
         waiting = deque()
         while load := [
-            (target, column[0], [stored_chunk(dataset, corner) for corner in column])
+            (target, column, stored.of_column(column))
             for target, column in itertools.islice(pieces, max(1, LOAD // column_bytes))
         ]:
             waiting.append(pool.submit(unpack_columns, packing, load))
@@ -64,6 +66,14 @@ def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target]):
                 waiting.popleft().result()
         for result in waiting:
             result.result()
+
+
+def read_by_hdf5(dataset: h5py.Dataset, target: Target):
+    """Fill a target, as HDF5 itself does."""
+    images, channels = target.array.shape[:2]
+    of_images = slice(target.image, target.image + images)
+    of_channels = slice(target.channel, target.channel + channels)
+    dataset.read_direct(target.array, (of_images, of_channels))
 
 
 def columns(dataset: h5py.Dataset, target: Target) -> Iterator[list[tuple[int, ...]]]:
@@ -80,9 +90,9 @@ def columns(dataset: h5py.Dataset, target: Target) -> Iterator[list[tuple[int, .
 
 
 def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
-    """Copy what a chunk with this corner has of the target."""
+    """Copy what a chunk with this corner has of the target; both have as many axes."""
     of_chunk, of_target = [], []
-    starts = (target.image, target.channel, 0, 0)
+    starts = (target.image, target.channel, *(0 for _ in corner[2:]))
     axes = zip(corner, chunk.shape, starts, target.array.shape, strict=True)
     for at, size, start, length in axes:
         first = max(at, start)
@@ -127,6 +137,10 @@ class Packing(NamedTuple):
         """Bytes of an unpacked chunk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def tiles(self, target: Target) -> bool:
+        """Whether the chunks of a column end where the target's maps end."""
+        return target.array.shape[2:] == tuple(map(operator.mul, self.grid, self.shape[2:]))
+
     def unpack(self, content: bytes, left_out: int) -> np.ndarray:
         """The numbers of a stored chunk. left_out: a bit for each filter that was not used.
 
@@ -161,42 +175,108 @@ def unshuffle(content: bytes, packing: Packing) -> bytes:
 UNDO = {h5py.h5z.FILTER_DEFLATE: unpack_gzip, h5py.h5z.FILTER_SHUFFLE: unshuffle}
 
 
-def stored_chunk(dataset: h5py.Dataset, corner: tuple[int, ...]) -> tuple[int, bytes]:
-    """A bit for each filter that was left out, and the bytes of a chunk as they are stored.
+class Stored:
+    """The chunks of a dataset as they are stored, each asked for by itself."""
 
-    Raises ValueError for a chunk that was never written.
+    def __init__(self, dataset: h5py.Dataset):
+        self.dataset = dataset
+
+    def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
+        """Of each chunk a bit for each filter that was left out, and its bytes.
+
+        Raises ValueError for a chunk that was never written.
+        """
+        return [self.chunk(corner) for corner in corners]
+
+    def chunk(self, corner: tuple[int, ...]) -> tuple[int, bytes]:
+        """That of one chunk."""
+        try:
+            return self.dataset.id.read_direct_chunk(corner)
+        except (OSError, RuntimeError):
+            # asked only now: HDF5 looks through all chunks for the answer
+            if self.dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
+                raise never_written(corner) from None
+            raise
+
+
+class Index(Stored):
+    """The same, but all places in the file are asked for once: HDF5 takes longer to find a small
+    chunk than the disk to read it. What lies side by side is read at once.
+
+    disk: the file that the dataset is in.
     """
-    try:
-        return dataset.id.read_direct_chunk(corner)
-    except (OSError, RuntimeError):
-        # asked only now: HDF5 looks through all chunks for the answer
-        if dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
-            raise ValueError(f"the map of image {corner[0]} was never written") from None
-        raise
+
+    def __init__(self, dataset: h5py.Dataset, disk: SourceFile):
+        super().__init__(dataset)
+        self.disk = disk
+        sides = zip(dataset.shape, dataset.chunks, strict=True)
+        # offset (-1: never written), bytes, filters that were left out
+        self.places = np.full((*(-(-side // of_chunk) for side, of_chunk in sides), 3), -1)
+        dataset.id.chunk_iter(self.note)
+
+    def note(self, info):
+        """Note the place of a chunk."""
+        at = map(operator.floordiv, info.chunk_offset, self.dataset.chunks)
+        self.places[tuple(at)] = info.byte_offset, info.size, info.filter_mask
+
+    def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
+        image, channel = map(operator.floordiv, corners[0], self.dataset.chunks[:2])
+        offsets, sizes, masks = self.places[image, channel].reshape(-1, 3).T
+        if offsets.min() < 0:
+            raise never_written(corners[0])
+
+        ends = offsets + sizes
+        if np.array_equal(offsets[1:], ends[:-1]):  # side by side
+            whole = memoryview(self.disk.read_at(int(sizes.sum()), int(offsets[0])))
+            starts, stops = ((at - offsets[0]).tolist() for at in (offsets, ends))
+            contents = [whole[start:stop] for start, stop in zip(starts, stops, strict=True)]
+        else:
+            contents = map(self.disk.read_at, sizes.tolist(), offsets.tolist())
+        return list(zip(masks.tolist(), contents, strict=True))
+
+
+def stored_chunks(dataset: h5py.Dataset, disk: SourceFile) -> Stored:
+    """What gives all chunks of a dataset fastest; disk: the file that it is in."""
+    if not hasattr(os, "pread"):  # Windows
+        return Stored(dataset)
+
+    index, first = Index(dataset, disk), (0, 0, 0, 0)
+    offset, size, _ = index.places[first].tolist()
+    # HDF5's versions differ in where they count from in a file that something stands before
+    is_right = offset >= 0 and disk.read_at(size, offset) == dataset.id.read_direct_chunk(first)[1]
+    return index if is_right else Stored(dataset)
+
+
+def never_written(corner: tuple[int, ...]) -> ValueError:
+    """The error of a chunk that is not there; its map would be one of zeros."""
+    return ValueError(f"the map of image {corner[0]} was never written")
 
 
 def unpack_columns(packing: Packing, load: list):
-    """Unpack columns, each given with its target, first corner and stored chunks, to their place.
-
-    Number by number, a narrow chunk is spread over as many lines of a core's cache as it has
-    numbers. So chunks are joined first, a strip of images at a time.
-    """
-    for target, corner, stored in load:
+    """Unpack columns, each given with its target, its corners and stored chunks, to their place."""
+    for target, corners, stored in load:
         chunks = [packing.unpack(content, left_out) for left_out, content in stored]
-        if len(chunks) == 1:
-            place(chunks[0], corner, target)
+        if len(chunks) > 1 and packing.tiles(target):
+            place_column(packing, chunks, corners[0], target)
             continue
-
-        height = packing.shape[0]
-        images = max(1, STRIP * height // (packing.size * len(chunks)))
-        for first in range(0, height, images):
-            strip = joined(packing.grid, [chunk[first : first + images] for chunk in chunks])
-            place(strip, (corner[0] + first, *corner[1:]), target)
+        for corner, chunk in zip(corners, chunks, strict=True):
+            place(chunk, corner, target)
 
 
-def joined(grid: tuple[int, int], chunks: list[np.ndarray]) -> np.ndarray:
-    """Maps (n, c, h, w) of a column's chunks (n, c, p, q), row after row of the grid."""
-    n, c, p, q = chunks[0].shape
-    down, across = grid
-    by_place = np.stack(chunks).reshape(down, across, n, c, p, q)
-    return by_place.transpose(2, 3, 0, 4, 1, 5).reshape(n, c, down * p, across * q)
+def place_column(
+    packing: Packing, chunks: list[np.ndarray], corner: tuple[int, ...], target: Target
+):
+    """Copy all chunks of a column (n, c, p, q), which tile the map, row after row of the target.
+
+    Chunk by chunk, narrow ones would be spread over as many lines of a core's cache as they have
+    numbers.
+    """
+    n, c, p, q = packing.shape
+    down, across = packing.grid
+    column = np.stack(chunks)
+    with np.errstate(over="ignore"):  # it becomes infinity, which is refused where it is used
+        column = column.astype(np.float32, copy=False)  # all at once it is faster
+    by_row = column.reshape(down, across, n, c, p, q).transpose(2, 3, 0, 4, 1, 5)
+
+    rows = target.array.reshape(*target.array.shape[:2], down, p, across, q)  # a view
+    place(by_row, (*corner[:2], 0, 0, 0, 0), target._replace(array=rows))

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 from isal import isal_zlib
 
-from util import UserError, stamp, unreadable
+from util import UserError, is_of_disk, stamp, unreadable
 
 # what h5py and ISA-L raise over damaged bytes
 DAMAGE = (
@@ -65,6 +65,18 @@ class SourceFile(io.FileIO):
         view[:] = bytes(len(view))  # behind the file's end, as HDF5 does
         return len(buffer)
 
+    def read_at(self, count: int, offset: int) -> bytes:
+        """So many bytes from an offset on; any thread may ask. Raises ValueError behind the end."""
+        try:
+            content = os.pread(self.fileno(), count, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                self.error = error
+            raise
+        if len(content) != count:  # one call gives 2 GB at most
+            raise ValueError("it ends too early")
+        return content
+
     @contextlib.contextmanager
     def reading(self, problem: str, remedy: str):
         """Read the file in a block, and turn what fails there into a UserError.
@@ -79,6 +91,8 @@ class SourceFile(io.FileIO):
             if self.error is not None:
                 raise unreadable(self.path, self.error) from None
             self.require_unchanged()
+            if is_of_disk(error):  # that of another file, which is made from this one
+                raise unreadable(error.filename or self.path, error) from None
             raise UserError(f"{self.path} {problem} ({error}): {remedy}") from None
         except UserError:
             self.require_unchanged()

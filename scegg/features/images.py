@@ -46,8 +46,8 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
 
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"{path} may be a decompression bomb ({error}): if it is a photograph, "
-            "preprocessing.py reads it with a larger --max_megapixels"
+            f"{path} may be a decompression bomb ({error}): if it is a photograph, allow it with "
+            "a larger --max_megapixels (preprocessing.py, visualize.py attention)"
         ) from None
     except Unusable as error:
         raise UserError(f"{path}: {error}") from None

@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from scegg.features.images import Images, Unreadable, collate
+from scegg.features.ranks import ranks_on_this_machine
 from util import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # Linux's; Docker gives a container 64 MB of it
@@ -76,7 +76,7 @@ class ToMainProcess:
     def __init__(self, workers: int, batch_bytes: int):
         # those that wait, the one in use, and the one that is being pinned
         needed = (PREFETCHED * workers + 2) * batch_bytes
-        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed *= ranks_on_this_machine()
         free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
         # half is left to other programs
         self.in_shared_memory = free is None or 2 * needed < free

@@ -11,7 +11,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +47,16 @@ def rank_of_ranks() -> tuple[int, int]:
     if ranks > 1:
         store_address()
     return rank, ranks
+
+
+def require_one_process():
+    """Raises UserError where the environment tells of several processes; training is one."""
+    rank, ranks = number("RANK"), number("WORLD_SIZE")
+    if rank or ranks not in (None, 1):
+        raise UserError(
+            "RANK and WORLD_SIZE tell of several processes, each of which would train a run of its "
+            "own: start one process, without torchrun, and unset both"
+        )
 
 
 HOW_TO_START = "start the ranks with torchrun, or unset RANK and WORLD_SIZE for a single process"
@@ -154,7 +166,7 @@ class Ranks:
 
     def __exit__(self, kind, *_):
         self.over.set()
-        with contextlib.suppress(RuntimeError):  # the store may be gone
+        with contextlib.suppress(RuntimeError, UserError):  # the store may be gone
             if kind is not None:
                 self.store.set("failed", str(self.rank))
             self.store.set(f"left/{self.rank}", "")
@@ -164,7 +176,7 @@ class Ranks:
 
     def beat(self):
         """Count, in a thread of its own, so that the others know this process lives."""
-        with contextlib.suppress(RuntimeError):  # the store is gone: whoever waits will say so
+        with contextlib.suppress(RuntimeError, UserError):  # whoever waits will say so
             while not self.over.wait(BEAT):
                 self.store.add(f"beats/{self.rank}", 1)
 
@@ -219,12 +231,54 @@ class Ranks:
             raise ended() from None
 
 
+class PatientStore:
+    """A store of torch's whose calls end: its process may have stopped, or its machine be gone.
+
+    Its methods are the store's. Raises UserError once one has taken longer than PATIENCE.
+    """
+
+    def __init__(self, store: distributed.Store):
+        self.store = store
+        self.is_lost = False
+
+    def __getattr__(self, name: str):
+        return partial(self.call, getattr(self.store, name))
+
+    def call(self, method: Callable, *arguments):
+        """What a method of the store returns."""
+        if not self.is_lost:
+            with contextlib.suppress(TimeoutError):
+                return in_time(PATIENCE, method, *arguments)
+            self.is_lost = True
+        raise UserError(
+            f"the first rank did not answer for {PATIENCE} seconds: see what became of it and its "
+            "machine, and run again"
+        )
+
+
+def in_time(seconds: float, action: Callable, *arguments):
+    """What an action returns or raises. Raises TimeoutError if it takes longer.
+
+    Its thread may then wait forever, and ends with the process.
+    """
+    outcome = Future()
+
+    def act():
+        try:
+            outcome.set_result(action(*arguments))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=act, daemon=True).start()
+    return outcome.result(seconds)
+
+
 def ended() -> UserError:
     """What a rank is told that has waited in vain."""
     return UserError("another rank ended before its work was done: see what it said, and run again")
 
 
-def meet(rank: int) -> distributed.Store:
+def meet(rank: int) -> PatientStore:
     """The store of all ranks. Raises UserError where it cannot be reached."""
     host, port = store_address()
     is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds it
@@ -233,15 +287,9 @@ def meet(rank: int) -> distributed.Store:
         require_answer(host, port)
 
     try:
-        store = distributed.TCPStore(
-            "localhost" if is_host else host,
-            port,
-            is_master=is_host,
-            timeout=datetime.timedelta(seconds=REACH),
-            wait_for_workers=False,
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        store = in_time(2 * REACH, open_store, "localhost" if is_host else host, port, is_host)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        reason = (str(error) or "no answer").splitlines()[0]
         raise UserError(
             f"the ranks cannot meet at MASTER_ADDR={host}, MASTER_PORT={port} ({reason}): "
             "give the first rank's machine and a free port"
@@ -250,7 +298,18 @@ def meet(rank: int) -> distributed.Store:
         require_answer(host, port)
     # a torchrun that starts its ranks again has the same store
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return distributed.PrefixStore(f"scegg/{attempt}", store)
+    return PatientStore(distributed.PrefixStore(f"scegg/{attempt}", store))
+
+
+def open_store(host: str, port: int, is_host: bool) -> distributed.Store:
+    """Torch's store at an address, or made there. What listens there may be something else."""
+    return distributed.TCPStore(
+        host,
+        port,
+        is_master=is_host,
+        timeout=datetime.timedelta(seconds=REACH),
+        wait_for_workers=False,
+    )
 
 
 def require_answer(host: str, port: int):

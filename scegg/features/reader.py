@@ -30,7 +30,7 @@ from scegg.features.feature_file import (
     read_maps,
     read_provenance,
 )
-from scegg.features.repack import repacked
+from scegg.features.repack import Repacked, repacked
 from util import UserError, fatal_signal, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
@@ -99,9 +99,9 @@ class Features:
         return self.images_in_chunk > 1
 
     @functools.cached_property
-    def repacked(self) -> h5py.File:
+    def repacked(self) -> Repacked:
         """The repacked file, open."""
-        return repacked(self.path, self.file[MAPS])
+        return repacked(self.disk, self.file[MAPS])
 
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
@@ -111,8 +111,10 @@ class Features:
         """
         maps = np.empty((len(indices), *self.shape), np.float32)
         with self.disk.reading("is damaged", AGAIN):
-            source = self.repacked if self.is_repacked else self.file
-            read_maps(source[MAPS], indices, maps)
+            if self.is_repacked:
+                self.repacked.read(indices, maps)
+            else:
+                read_maps(self.file[MAPS], indices, maps)
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):

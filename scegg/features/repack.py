@@ -10,54 +10,71 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
-from scegg.features.chunks import Target, images_in_chunk, read_chunks
-from scegg.features.disk import new_hdf5
-from scegg.features.feature_file import MAPS
-from util import UserError, atomic_path, locked, remove_partials
+from scegg.features.chunks import Target, images_in_chunk, read_chunks, stored_chunks
+from scegg.features.disk import SourceFile, new_hdf5
+from scegg.features.feature_file import MAPS, read_maps
+from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
 
+AGAIN = "delete it and run again"
 BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
 
 
-def repacked(path: Path, maps: h5py.Dataset) -> h5py.File:
+class Repacked(NamedTuple):
+    """A repacked file, open, as the system and as HDF5 see it."""
+
+    disk: SourceFile
+    file: h5py.File
+
+    def read(self, indices: np.ndarray, maps: np.ndarray):
+        """Read the images `indices` into maps (n, D, h, w) float32.
+
+        Raises UserError for damaged data, and for a disk that fails.
+        """
+        with self.disk.reading("is damaged", AGAIN):
+            read_maps(self.file[MAPS], indices, maps)
+
+
+def repacked(disk: SourceFile, maps: h5py.Dataset) -> Repacked:
     """An open file with the same maps (N, D, h, w) in float32, uncompressed, image after image.
 
-    path: where `maps` are. The file lies beside it and stays, for later runs. Where there is no
-    room for it, it lies in the system's temporary folder for as long as it is open.
+    disk: the file that `maps` are in; by now another may have its name. The repacked file lies
+    beside it and stays, for later runs. Where there is no room for it, it lies in the system's
+    temporary folder for as long as it is open.
     Raises UserError if there is no room either, and an error of h5py or ISA-L over damaged bytes.
     """
     size = 4 * maps.size
-    target = repacked_path(path)
-    if not target.is_file() and not has_room(path.parent, size):
-        return repacked_for_now(path, maps, size)
+    target = repacked_path(disk.path, disk.stamp)
+    if not target.is_file() and not has_room(target.parent, size):
+        return repacked_for_now(disk, maps, size)
 
     lock = target.with_name(f".{target.name}.lock")
     if not target.is_file():
         with locked(lock, f"writing {target}", wait=True):
             if not target.is_file():  # whoever held the lock may have written it
                 remove_partials(target.parent, target.name)
-                tell(path, maps, target, size)
+                tell(disk.path, maps, target, size)
                 with atomic_path(target) as temporary:
-                    write(temporary, maps)
+                    write(temporary, disk, maps)
     return open_repacked(target, maps)
 
 
-def repacked_path(path: Path) -> Path:
+def repacked_path(path: Path, stamp: tuple[int, int]) -> Path:
     """The repacked file of a feature file; it has another name once that has changed."""
-    stat = path.stat()
-    key = hashlib.sha256(repr((stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()[:12]
+    key = hashlib.sha256(repr(stamp).encode()).hexdigest()[:12]
     return path.with_name(f"{path.name}.{key}.repacked")
 
 
-def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> h5py.File:
+def repacked_for_now(disk: SourceFile, maps: h5py.Dataset, size: int) -> Repacked:
     """`repacked` in the temporary folder. The file has no name there once it is open."""
-    folder = Path(tempfile.gettempdir())
+    path, folder = disk.path, Path(tempfile.gettempdir())
     if not has_room(folder, size):
         raise UserError(
             f"{images_in_chunk(maps)} images share each chunk of {path}, so its maps must be "
@@ -69,10 +86,10 @@ def repacked_for_now(path: Path, maps: h5py.Dataset, size: int) -> h5py.File:
     descriptor, name = tempfile.mkstemp(dir=folder)
     os.close(descriptor)
     try:
-        write(Path(name), maps)
+        write(Path(name), disk, maps)
         return open_repacked(Path(name), maps)
     except OSError as error:
-        raise UserError(f"{name} could not be written ({error.strerror or error})") from None
+        raise unwritable(Path(name), error, ", or let TMPDIR name another folder") from None
     finally:
         with contextlib.suppress(OSError):  # Windows removes no open file
             os.unlink(name)
@@ -92,19 +109,29 @@ def tell(path: Path, maps: h5py.Dataset, target: Path, size: int):
     )
 
 
-def open_repacked(target: Path, maps: h5py.Dataset) -> h5py.File:
-    """The repacked file, open. Raises UserError if it does not hold such maps."""
+def open_repacked(target: Path, maps: h5py.Dataset) -> Repacked:
+    """The repacked file, open.
+
+    Raises UserError if it does not hold such maps, and if the disk does not give it.
+    """
     try:
-        file = h5py.File(target, "r", locking=False)
-        if file[MAPS].shape == maps.shape and file[MAPS].dtype == np.float32:
-            return file
-    except (OSError, KeyError, RuntimeError):
-        pass
-    raise UserError(f"{target} is damaged: delete it and run again")
+        disk = SourceFile(target)
+    except OSError as error:
+        raise unreadable(target, error) from None
+
+    with disk.reading("is damaged", AGAIN):
+        file = h5py.File(disk, "r")
+        if file[MAPS].shape != maps.shape or file[MAPS].dtype != np.float32:
+            raise ValueError("it holds other maps")
+        return Repacked(disk, file)
 
 
-def write(path: Path, maps: h5py.Dataset):
-    """Make the file: every chunk of `maps` is unpacked once. Raises OSError for a full disk."""
+def write(path: Path, source: SourceFile, maps: h5py.Dataset):
+    """Make the file: every chunk of `maps` is unpacked once. Raises OSError for a full disk.
+
+    source: the file that `maps` are in.
+    """
+    stored = reading(stored_chunks, maps, source)
     with (
         new_hdf5(path) as (file, check),
         tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,
@@ -115,17 +142,17 @@ def write(path: Path, maps: h5py.Dataset):
             shape = (len(images), len(channels), *maps.shape[2:])
             memory = memory if memory.size else np.empty(math.prod(shape), np.float32)
             block = memory[: math.prod(shape)].reshape(shape)
-            read_block(maps, Target(block, images.start, channels.start))
+            reading(read_chunks, maps, [Target(block, images.start, channels.start)], stored)
             target[images.start : images.stop, channels.start : channels.stop] = block
             check()
             if channels.stop == maps.shape[1]:
                 bar.update(len(images))
 
 
-def read_block(maps: h5py.Dataset, target: Target):
-    """`read_chunks`, but damaged bytes are a ValueError: an OSError is one of the new file."""
+def reading(action: Callable, *arguments):
+    """What reads the old file; its damaged bytes are a ValueError: an OSError is the new file's."""
     try:
-        read_chunks(maps, [target])
+        return action(*arguments)
     except OSError as error:
         raise ValueError(str(error)) from error
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scegg.features.reader import READ_AT_ONCE, Features
 from scegg.features.sampler import BalancedSampler
+from scegg.speed.threads import cgroup_folders
 from util import UserError, atomic_path, locked, remove_partials, require_space, unreadable
 
 # ---------------------------------------------------------------- the choice
@@ -119,22 +120,28 @@ def no_room(cache: str, size: int, room: Room, device: torch.device, folder: Pat
 def available_ram() -> float:
     """Bytes of RAM that can be taken without swapping, NaN where the system does not tell.
 
-    In a container, its limit counts.
+    The limit of a container or of a cluster's job counts.
     """
-    free = math.nan
+    known = [left for group in cgroup_folders("memory") for left in left_in(group)]
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                free = int(line.split()[1]) * 1024.0
-                break
+                known.append(int(line.split()[1]) * 1024.0)
 
-    group = Path("/sys/fs/cgroup")
-    # outside a container there is no file; without a limit, it says "max"
-    with contextlib.suppress(OSError, ValueError):
-        # the first line, "anon", is what the system cannot drop
-        taken = int((group / "memory.stat").read_text().split()[1])
-        free = min(free, int((group / "memory.max").read_text()) - taken)
-    return free
+    return min(known, default=math.nan)
+
+
+def left_in(group: Path) -> Iterator[float]:
+    """Bytes that a control group leaves to this process; nothing where it has no limit.
+
+    What the system cannot drop counts as taken: version 2 calls it anon, version 1 total_rss.
+    """
+    for limit, name in (("memory.max", "anon"), ("memory.limit_in_bytes", "total_rss")):
+        # without a limit, version 2 says "max", and version 1 a number above all memory
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            lines = (group / "memory.stat").read_text().splitlines()
+            taken = dict(line.split() for line in lines)[name]
+            yield float(int((group / limit).read_text()) - int(taken))
 
 
 # ---------------------------------------------------------------- a flat file

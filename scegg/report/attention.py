@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.xlsa17 import image_tail
+from scegg.features.images import MEGAPIXELS
 from scegg.features.reader import normalize_positions
 from scegg.report.pictures import load_backbone, read_crop
 from scegg.report.style import PAGE, STYLE, class_title
@@ -40,11 +41,13 @@ class ShownImage(NamedTuple):
     feature_map: Tensor
 
 
-def dataset_images(run: TrainedRun, data_root: Path, count: int, seed: int) -> list[ShownImage]:
+def dataset_images(
+    run: TrainedRun, data_root: Path, count: int, seed: int, megapixels: int = MEGAPIXELS
+) -> list[ShownImage]:
     """`count` test images of the run's dataset, of unseen and seen classes in turn.
 
     The seed draws them; their maps come from the feature file. Raises UserError for a feature file
-    that does not name its images, and for an image that cannot be read.
+    that does not name its images, and for an image that cannot be read or has more megapixels.
     """
     features, anchor = run.features, LAYOUTS[run.dataset].anchor
     if features.image_files is None:
@@ -58,7 +61,7 @@ def dataset_images(run: TrainedRun, data_root: Path, count: int, seed: int) -> l
     for index, tail, feature_map in zip(indices, tails, features.read(indices), strict=True):
         kind = "unseen" if index in features.split.test_unseen else "seen"
         name = class_title(features.class_names[features.split.labels[index]])
-        crop = read_crop(data_root / run.dataset / tail, run.config.img_size)
+        crop = read_crop(data_root / run.dataset / tail, run.config.img_size, megapixels)
         shown.append(ShownImage(f"{name} ({kind})", crop, feature_map))
     return shown
 
@@ -75,15 +78,19 @@ def choose_test_images(run: TrainedRun, count: int, seed: int) -> np.ndarray:
 
 
 def read_images(
-    run: TrainedRun, paths: list[Path], weights: Path | None = None
+    run: TrainedRun,
+    paths: list[Path],
+    weights: Path | None = None,
+    megapixels: int = MEGAPIXELS,
 ) -> list[ShownImage]:
     """Any images, sent through the run's backbone.
 
     weights: the file that the features were made with, if not the pretrained one. Raises UserError
-    for an image that cannot be read, and for weights that the features were not made with.
+    for an image that cannot be read or has more megapixels, and for weights that the features were
+    not made with.
     """
     features, device = run.features, torch.device("cpu")
-    crops = [read_crop(path, run.config.img_size) for path in paths]
+    crops = [read_crop(path, run.config.img_size, megapixels) for path in paths]
 
     backbone = load_backbone(run.config, features.provenance, features.path, weights, device)
     shown = []

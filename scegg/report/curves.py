@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from scegg.method.evaluation import area_under
 from scegg.report.style import PAGE, STYLE
-from util import UserError
+from util import UserError, text_encoding
 
 COLUMNS = ("seen_bias", "acc_seen", "acc_unseen")
 
@@ -21,7 +21,7 @@ def read_curve(path: Path) -> np.ndarray:
     Raises UserError if the file is missing or is no such curve.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding=text_encoding(path), newline="") as file:
             points = [[float(row[name]) for name in COLUMNS] for row in csv.DictReader(file)]
     except OSError:
         raise UserError(

@@ -15,6 +15,7 @@ from scegg.features.backbones import build_backbone, fold
 from scegg.features.extract import Backbone
 from scegg.features.images import (
     FORMATS,
+    MEGAPIXELS,
     PixelNormalization,
     Unreadable,
     collate,
@@ -49,12 +50,12 @@ def load_backbone(
     return Backbone(pixels, fold(network), device, precision, AT_ONCE[device.type])
 
 
-def read_crop(path: Path, img_size: int) -> Tensor:
+def read_crop(path: Path, img_size: int, megapixels: int = MEGAPIXELS) -> Tensor:
     """The crop of a picture that the backbone sees, (3, S, S) uint8.
 
-    Raises UserError if the picture cannot be read.
+    Raises UserError if the picture cannot be read, or has more megapixels.
     """
-    return read_image(path, image_transform(img_size))
+    return read_image(path, image_transform(img_size), megapixels)
 
 
 def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[Path]:
@@ -80,23 +81,26 @@ def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[P
 
 
 def read_batches(
-    paths: Iterator[Path], img_size: int, at_once: int, tell: Callable[[str], None]
+    paths: Iterator[Path],
+    read: Callable[[Path], Tensor],
+    at_once: int,
+    tell: Callable[[str], None],
 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Batches of the pictures that can be read: their paths and crops (B, 3, S, S) uint8.
 
-    tell(line) is told of each of the others.
+    read: gives the crop of a picture, or raises UserError. tell(line) is told of each of those.
     """
 
-    def read(path: Path) -> Tensor | Unreadable:
+    def try_to_read(path: Path) -> Tensor | Unreadable:
         try:
-            return read_crop(path, img_size)
+            return read(path)
         except UserError as error:
             return Unreadable(error)
 
     with ThreadPoolExecutor(granted_cores()) as threads:
         while some := list(islice(paths, at_once)):
             readable = []
-            for path, crop in zip(some, threads.map(read, some), strict=True):
+            for path, crop in zip(some, threads.map(try_to_read, some), strict=True):
                 if isinstance(crop, Unreadable):
                     tell(crop)
                 else:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +12,17 @@ import torch
 from torch import Tensor
 
 from model import Scaler
+from scegg.features.images import MEGAPIXELS
 from scegg.features.reader import normalize_positions
 from scegg.method.evaluation import seen_columns
 from scegg.report.attention import attention_of, figure_of, row_of
-from scegg.report.pictures import AT_ONCE, load_backbone, picture_files, read_batches
+from scegg.report.pictures import (
+    AT_ONCE,
+    load_backbone,
+    picture_files,
+    read_batches,
+    read_crop,
+)
 from scegg.report.style import class_title, write_picture
 from scegg.run.trained import RunFiles, restore_classifier, restore_embedder, winners_of
 from util import UserError, one_line
@@ -151,20 +159,20 @@ def predict(
     device: torch.device,
     tell: Callable[[str], None],
     folder: Path | None = None,
+    megapixels: int = MEGAPIXELS,
 ) -> Iterator[Predicted]:
     """Predict the pictures in these files and folders, one batch after the other.
 
     folder: where maps of attention are drawn, None for nowhere. tell(line) is told of each picture
-    that cannot be read. Raises UserError if no file is named and no folder has any, and where a
+    that cannot be read, or has more megapixels. Raises UserError if no file is named and no folder has any, and where a
     run of the baseline is to draw.
     """
     if folder and isinstance(predictor.embedder, Scaler):
         raise UserError("a run of the CNN-feature baseline has no attention: leave --attention out")
 
     count = 0
-    batches = read_batches(
-        picture_files(places, tell), predictor.config.img_size, AT_ONCE[device.type], tell
-    )
+    read = partial(read_crop, img_size=predictor.config.img_size, megapixels=megapixels)
+    batches = read_batches(picture_files(places, tell), read, AT_ONCE[device.type], tell)
     for paths, crops in batches:
         guesses, seen = predictor(crops)
         for row, path in enumerate(paths):

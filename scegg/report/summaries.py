@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from scegg.datasets.layouts import LAYOUTS
 from scegg.report.table import METRICS
-from util import UserError
+from util import UserError, text_encoding
 
 # by protocol: how the epochs of a row were picked, and the prefix of its metrics in summary.json
 SELECTIONS = {
@@ -150,7 +150,7 @@ def read_run(path: Path) -> FinishedRun:
 
     Raises OSError, or ValueError that names the first key whose value no run writes.
     """
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(text_encoding(path))
     summary = json.loads(text)
     if not isinstance(summary, dict):
         raise ValueError("not a mapping")

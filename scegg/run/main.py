@@ -15,6 +15,7 @@ from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.xlsa17 import read_split
 from scegg.features.feature_file import feature_file
+from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
 from scegg.features.storage import Storage, choose_storage
 from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
@@ -65,6 +66,7 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
     finished run (`scegg.report.figures.draw_run_figures`) where its config has `log_figures`.
     """
     options, overrides = parse_flags(flag_parser(dataset), argv)
+    require_one_process()
     dataset = dataset or options.dataset
     keep_freed_memory()
     fix_threads()

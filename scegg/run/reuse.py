@@ -9,6 +9,7 @@ import torch
 from scegg.config import Config, keys_of_stage
 from scegg.features.reader import Features
 from scegg.run.identity import identity_of_code, identity_of_data
+from util import text_encoding
 
 
 def finished_runs(runs: Path, wanted: dict) -> Iterator[Path]:
@@ -18,7 +19,7 @@ def finished_runs(runs: Path, wanted: dict) -> Iterator[Path]:
     """
     for path in sorted(runs.glob("*/summary.json"), reverse=True):
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
+            summary = json.loads(path.read_text(text_encoding(path)))
             found = summary["config"] | summary
             agrees = all(found.get(name) == value for name, value in wanted.items())
         except Exception:  # half a run, or none of ours: json has many names for it

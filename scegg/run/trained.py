@@ -21,7 +21,7 @@ from scegg.datasets.layouts import LAYOUTS
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
-from util import UserError, is_of_disk, load_tensors, sha256, unreadable
+from util import UserError, is_of_disk, load_tensors, sha256, text_encoding, unreadable
 
 NOT_FINISHED = "the run is not finished"
 REMEDIES = {
@@ -92,7 +92,8 @@ def read_run(folder: Path) -> RunFiles:
 def read_results(folder: Path) -> tuple[dict, dict]:
     """A run's summary.json and model.pt. Raises UserError if one of them is damaged."""
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        path = folder / "summary.json"
+        summary = json.loads(path.read_text(text_encoding(path)))
         weights = load_tensors(folder / "model.pt")
         dict(summary["config"])
         _ = summary["dataset"], weights["split_fingerprint"]

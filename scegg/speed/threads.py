@@ -24,8 +24,8 @@ def before_torch():
     Threads that wait for each other give their cores away at once. By default they keep them for
     milliseconds. If another program wants the cores, every layer of a network then waits so long.
     Where a container grants a part of its machine, there are as many threads as granted cores.
-    On Intel's processors MKL always adds in one order: its code path, the sizes of its caches and
-    its threads' shares are fixed. The numbers are those that it gives without.
+    On Intel's processors MKL's switch for repeatable sums is on: it adds in one order, for as many
+    threads. The numbers are those that it gives without.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
@@ -61,21 +61,26 @@ def allowed_cores() -> int:
 
 def cpu_quota() -> float:
     """Cores whose time the control groups leave to this process; infinite without a limit."""
-    return min((quota for folder in cgroup_folders() for quota in quotas(folder)), default=math.inf)
+    folders = cgroup_folders("cpu")
+    return min((quota for folder in folders for quota in quotas(folder)), default=math.inf)
 
 
-def cgroup_folders() -> Iterator[Path]:
-    """The folders of the groups that may limit the time: this process's own and those above."""
+def cgroup_folders(controller: str) -> Iterator[Path]:
+    """The folders of the groups that may limit the time (cpu) or the memory of this process.
+
+    They are its own groups and those above.
+    """
     try:
-        groups = OWN_CGROUPS.read_text().splitlines()
+        groups = OWN_CGROUPS.read_text(errors="surrogateescape").splitlines()
     except OSError:  # no Linux
         groups = []
 
     for line in ["0::/", *groups]:
-        _, controllers, group = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
         # version 1 mounts each controller below its name, version 2 all of them at once
         mount = CGROUPS / controllers if controllers else CGROUPS
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         own = mount / group.lstrip("/")
         yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
@@ -88,7 +93,7 @@ def quotas(folder: Path) -> Iterator[float]:
             quota, period = " ".join((folder / file).read_text() for file in files).split()[:2]
             if float(quota) > 0:  # version 1 says -1 for no limit, version 2 "max"
                 yield float(quota) / float(period)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ZeroDivisionError):
             pass
 
 

@@ -95,9 +95,9 @@ ENCODINGS = {
 @pytest.mark.parametrize("numbered", [False, True])
 def test_attribute_names(tmp_path, encoding, end, numbered):
     names = ["has_bill_shape::dagger", "has_größe::klein", "black"]
-    lines = [f"{n} {name}" if numbered else name for n, name in enumerate(names, 1)]
+    lines = [f" {n}\t{name}\0" if numbered else name for n, name in enumerate(names, 1)]
     (tmp_path / "TOY").mkdir()
-    text = end.join(lines) + end
+    text = end.join(lines) + end + "\x1a"  # as files of DOS end
     content = ENCODINGS[encoding] + text.encode(encoding)
     (tmp_path / "TOY" / "attributes.txt").write_bytes(content)
     assert read_attribute_names(tmp_path, "TOY", 3) == names

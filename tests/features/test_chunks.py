@@ -1,5 +1,6 @@
 """Feature files of other writers: chunks of any shape, any floats, whole and damaged."""
 
+import errno
 import os
 import zlib
 
@@ -56,6 +57,20 @@ def test_parts_of_maps_are_read(tmp_path, filters):
     assert np.array_equal(part, maps[25:55, 8:19])
 
 
+@pytest.mark.parametrize("before", [0, 512])
+def test_chunks_may_lie_anywhere_in_the_file(tmp_path, before):
+    arrays = feature_arrays()
+    maps = arrays.pop("feature_map")
+    with h5py.File(tmp_path / "f.hdf5", "w", userblock_size=before) as file:
+        for name, array in arrays.items():
+            file[name] = array
+        target = file.create_dataset("feature_map", maps.shape, "f4", chunks=(40, 5, 1, 1))
+        for image in (80, 0, 40):
+            for row in (2, 0, 1):
+                target[image : image + 40, :, row] = maps[image : image + 40, :, row]
+    assert np.array_equal(open_features(tmp_path / "f.hdf5").raw(np.arange(108)).numpy(), maps)
+
+
 def test_a_file_is_repacked_once_and_anew_when_it_changes(tmp_path, capsys):
     path = tmp_path / "f.hdf5"
     maps = foreign_features(path, (40, 5, 1, 1), compression="gzip")
@@ -73,6 +88,19 @@ def test_a_file_is_repacked_once_and_anew_when_it_changes(tmp_path, capsys):
         changed["feature_map"][7] = 2 * maps[7]
     os.utime(path, ns=(1, 1))
     assert np.array_equal(open_features(path).raw(np.array([7])).numpy(), 2 * maps[[7]])
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_taken_for_the_new_one(tmp_path):
+    path, new = tmp_path / "f.hdf5", tmp_path / "new.hdf5"
+    maps, some = foreign_features(path, (40, 5, 1, 1)), np.array([7])
+    opened = open_features(path)
+    foreign_features(new, (40, 5, 1, 1))
+    with h5py.File(new, "r+") as changed:
+        changed["feature_map"][7] = 2 * maps[7]
+    os.replace(new, path)
+
+    assert np.array_equal(opened.raw(some).numpy(), maps[some])
+    assert np.array_equal(open_features(path).raw(some).numpy(), 2 * maps[some])
 
 
 def test_random_batches_without_a_cache_come_from_the_repacked_file(tmp_path):
@@ -148,8 +176,33 @@ def test_a_damaged_repacked_file_is_named(tmp_path):
     open_features(path).raw(np.array([0]))
     (file,) = tmp_path.glob("*.repacked")
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"\.repacked is damaged: delete it and run again"):
+    with pytest.raises(UserError, match=r"\.repacked is damaged .*: delete it and run again"):
         open_features(path).raw(np.array([0]))
+
+
+def test_a_mount_that_goes_away_while_a_file_is_repacked_is_no_damage(tmp_path, monkeypatch):
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    path = tmp_path / "f.hdf5"
+    foreign_features(path, (40, 5, 1, 1))
+    features = open_features(path)
+    monkeypatch.setattr(repack.shutil, "disk_usage", stale)
+    with pytest.raises(UserError, match="could not be read .*: see whether its disk or mount"):
+        features.raw(np.array([0]))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="EIO comes from Linux's /proc")
+def test_a_repacked_file_that_the_disk_does_not_give_is_no_damage(tmp_path):
+    path = tmp_path / "f.hdf5"
+    foreign_features(path, (40, 5, 1, 1))
+    features = open_features(path)
+    features.raw(np.array([0]))
+    with open("/proc/self/mem", "rb") as gone:
+        os.dup2(gone.fileno(), features.repacked.disk.fileno())
+    message = r"\.repacked could not be read \(Input/output error\): see whether its disk"
+    with pytest.raises(UserError, match=message):
+        features.raw(np.array([1]))
 
 
 def test_floats_that_numpy_lacks_are_left_to_hdf5(tmp_path):

@@ -5,11 +5,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+import train_joint
 from helpers import ROOT
 from scegg.datasets import toy
 from scegg.features import parts, ranks
@@ -82,6 +85,25 @@ def test_an_environment_that_makes_no_sense_is_refused(environment, values, mess
         rank_of_ranks()
 
 
+@pytest.mark.parametrize(
+    "values, refused",
+    [
+        ({}, False),
+        ({"RANK": 0}, False),
+        ({"RANK": 0, "WORLD_SIZE": 1}, False),
+        ({"WORLD_SIZE": 2}, True),
+        ({"RANK": 0, "WORLD_SIZE": 2}, True),
+        ({"RANK": 1, "WORLD_SIZE": 1}, True),
+        ({"RANK": 3}, True),
+    ],
+)
+def test_training_is_refused_in_several_processes(environment, values, refused):
+    environment(**values)
+    message = "several processes, each of which would train" if refused else "none.yaml could not"
+    with pytest.raises(UserError, match=message):
+        train_joint.main(["--config", "none.yaml"])
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
 def test_an_address_that_does_not_answer_is_refused_in_seconds(
@@ -97,7 +119,27 @@ def test_an_address_that_does_not_answer_is_refused_in_seconds(
     assert time.monotonic() - began < 20
 
 
+def test_something_else_that_listens_there_is_not_waited_for(environment, monkeypatch):
+    monkeypatch.setattr(ranks, "REACH", 0.5)
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=mute.getsockname()[1])
+        with pytest.raises(UserError, match="the ranks cannot meet at .*: give the first rank's"):
+            ranks.meet(1)
+
+
 # ---------------------------------------------------------------- life and death
+
+
+def test_a_first_rank_that_was_stopped_is_given_up(monkeypatch):
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    stopped = threading.Event()
+    store = ranks.PatientStore(SimpleNamespace(check=stopped.wait, add=pytest.fail))
+    for call in (lambda: store.check(60), lambda: store.add("beats/1", 1)):
+        with pytest.raises(UserError, match="the first rank did not answer for 0.2 seconds"):
+            call()
+    stopped.set()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from scegg.features.reader import normalize_positions, open_features
 from scegg.features.sampler import BalancedSampler
 from scegg.features.storage import FeatureMaps, Storage, available_ram, choose_storage
+from scegg.speed import threads
 from util import UserError
 
 CPU = torch.device("cpu")
@@ -62,7 +63,9 @@ def test_storages_are_tried_in_order_of_speed(tmp_path, monkeypatch):
 
 def test_free_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
     """In a container, what it has left counts. Where nothing tells, RAM is taken only by name."""
-    files = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
+    files = {"/proc/meminfo": tmp_path / "meminfo"}
+    monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+    monkeypatch.setattr(threads, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.setattr("scegg.features.storage.Path", lambda path: files[path])
     assert math.isnan(available_ram())
 
@@ -72,6 +75,14 @@ def test_free_memory_heeds_a_containers_limit(tmp_path, monkeypatch):
     assert available_ram() == 8192
     (tmp_path / "memory.max").write_text("5000\n")
     assert available_ram() == 2000
+
+    # a cluster's job, and a container of version 1
+    for group, limit, taken in (("job/step", "max", "anon"), ("memory/a", "limit_in_bytes", "")):
+        (tmp_path / group).mkdir(parents=True)
+        (tmp_path / group / f"memory.{limit}").write_text("4000\n")
+        (tmp_path / group / "memory.stat").write_text(f"cache 1\n{taken or 'total_rss'} 3500\n")
+        (tmp_path / "own").write_text(f"4:memory:/a\n0::/{group}\n")
+        assert available_ram() == 500
 
     monkeypatch.setattr("scegg.features.storage.available_ram", lambda: math.nan)
     chosen = choose_storage(1000, CPU, tmp_path, compressed=True, cache="ram")

@@ -86,6 +86,18 @@ def test_mistakes(toy_run, tmp_path, monkeypatch, argv, message):
         draw(*argv)
 
 
+def test_an_image_that_preprocessing_was_allowed_to_read_is_allowed_here(toy_run, tmp_path):
+    Image.new("L", (3000, 2000), 77).save(tmp_path / "large.png")
+    command = ["attention", "--run", toy_run.folder, "--features", toy_run.features]
+    command += ["--images", tmp_path / "large.png", "--output", tmp_path / "drawn"]
+    with pytest.raises(UserError, match="a larger --max_megapixels .*visualize.py attention"):
+        draw(*command, "--max_megapixels", 5)
+    with pytest.raises(UserError, match="--max_megapixels 0: must be from 1"):
+        draw(*command, "--max_megapixels", 0)
+    draw(*command, "--max_megapixels", 6)
+    assert (tmp_path / "drawn.png").is_file()
+
+
 def test_unfinished_damaged_and_foreign_runs(toy_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(toy_run.folder, folder)

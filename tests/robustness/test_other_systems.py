@@ -20,7 +20,7 @@ import os, signal, sys
 import torch, wandb  # these know their systems
 for name in ("fcntl", "resource"):
     sys.modules[name] = None
-for name in ("fork", "register_at_fork", "preadv"):
+for name in ("fork", "register_at_fork", "preadv", "pread"):
     delattr(os, name)
 del signal.alarm, signal.SIGALRM, signal.SIGKILL
 import evaluate, preprocessing, results, train_joint, visualize, util
@@ -51,7 +51,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(util, "msvcrt", Msvcrt(util.fcntl))
     for name in ("fcntl", "resource"):
         monkeypatch.setattr(util, name, None)
-    for name in ("fork", "register_at_fork", "preadv"):
+    for name in ("fork", "register_at_fork", "preadv", "pread"):
         monkeypatch.delattr(os, name)
     for name in ("SIGALRM", "SIGKILL"):
         monkeypatch.delattr(signal, name)

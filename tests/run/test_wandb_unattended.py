@@ -6,11 +6,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers import ROOT
+from scegg.config import read_config
+from scegg.run import folder
 from scegg.run.folder import UNATTENDED
+from util import UserError
 
 PROGRAM = """
 import os
@@ -97,6 +101,43 @@ def test_a_variable_that_cannot_be_is_one_line(tmp_path):
     assert status == 2
     assert shown.startswith("error: W&B: ") and "init_timeout" in shown
     assert shown.strip().count("\n") == 0
+
+
+def test_a_token_that_cannot_be_read_goes_on_offline(tmp_path):
+    token = str(tmp_path / "no" / "token")
+    status, said, shown = start(tmp_path, "online", WANDB_IDENTITY_TOKEN_FILE=token)
+    assert status == 0 and "it ran offline" in said and "no/token" in said
+    assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize("failing, expected", [(1, "offline"), (2, "disabled")])
+def test_whatever_wandb_raises_a_run_goes_on(tmp_path, monkeypatch, capsys, failing, expected):
+    class Gone(Exception):
+        """An error of W&B's that says nothing."""
+
+    def init(mode, **settings):
+        tried.append(mode)
+        if len(tried) <= failing:
+            raise Gone
+        return mode
+
+    tried = []
+    config = read_config(ROOT / "wandb_config" / "toy.yaml", {})
+    for name, stand_in in (("init", init), ("teardown", list), ("login", lambda **flags: True)):
+        monkeypatch.setattr(folder.wandb, name, stand_in)
+    monkeypatch.setattr(folder.wandb, "setup", lambda settings: SimpleNamespace(settings=settings))
+    assert folder.start_wandb(tmp_path, config, "TOY", "online", "some_run") == expected
+    assert capsys.readouterr().out.startswith("W&B could not start online (Gone): ")
+    assert tried == ["online", "offline", "disabled"][: failing + 1]
+
+
+def test_a_variable_that_wandb_itself_refuses_is_told(monkeypatch):
+    def refuse(settings):
+        raise folder.wandb.errors.UsageError("API key cannot start or end with whitespace")
+
+    monkeypatch.setattr(folder.wandb, "setup", refuse)
+    with pytest.raises(UserError, match="whitespace: correct this WANDB_ variable"):
+        folder.set_up_wandb()
 
 
 def test_waiting_is_bounded():

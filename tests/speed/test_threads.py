@@ -11,7 +11,11 @@ import torch
 from helpers import ROOT
 from scegg.speed import threads
 
-COMMANDS = ["preprocessing", "train_joint", "train_joint_CUB", "results", "visualize", "evaluate"]
+# what people start, and what they import first in a notebook
+ENTRIES = ["model", "util"]
+for file in [*ROOT.glob("*.py"), *ROOT.glob("scegg/**/*.py"), *ROOT.glob("benchmarks/**/*.py")]:
+    if '__name__ == "__main__"' in file.read_text(encoding="utf-8"):
+        ENTRIES.append(".".join(file.relative_to(ROOT).with_suffix("").parts))
 
 # stops where torch would be loaded, and says what is set by then
 AT_TORCH = """
@@ -24,6 +28,7 @@ class Stop:
             os._exit(0)
 sys.meta_path.insert(0, Stop())
 import {module}
+import torch
 """
 
 
@@ -40,7 +45,13 @@ def set_at_torch(module, **variables):
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("module", [*COMMANDS, "scegg.datasets.toy"])
+def test_every_command_is_among_the_entries():
+    commands = {"preprocessing", "train_joint", "results", "visualize", "scegg.doctor"}
+    commands |= {f"train_joint_{name}" for name in ("CUB", "SUN", "AWA2")}
+    assert commands | {"scegg.datasets.toy", "benchmarks.__main__"} <= set(ENTRIES)
+
+
+@pytest.mark.parametrize("module", sorted(set(ENTRIES)))
 def test_every_command_sets_how_threads_wait_before_torch_is_loaded(module):
     assert set_at_torch(module) == [str(threads.SPINS), "None"]
 
@@ -84,6 +95,19 @@ def test_the_smallest_quota_of_the_groups_above_counts(groups):
     assert threads.cpu_quota() == 2.5 and threads.granted_cores() == 3
     groups("0::/job/step\n", **{"job/step/cpu.max": "20000 100000\n"})
     assert threads.cpu_quota() == 0.2 and threads.granted_cores() == 1
+
+
+@pytest.mark.parametrize("text", ["max", "50000", "100000 0", "0 100000", "", "x y", "-1 nan"])
+def test_a_quota_that_says_nothing_is_none(groups, text):
+    groups("0::/\n\nodd line\n1:cpu\n", **{"cpu.max": text, "cpu/cpu.cfs_quota_us": text})
+    assert threads.granted_cores() == 8
+
+
+def test_a_group_may_have_any_name(groups, tmp_path):
+    groups("0::/\n", **{"j\udcfcb/cpu.max": "150000 100000\n"})
+    (tmp_path / "own").write_bytes(b"0::/j\xfcb\n")
+    threads.granted_cores.cache_clear()
+    assert threads.granted_cores() == 2
 
 
 def test_quotas_of_version_1(groups):
