@@ -8,7 +8,8 @@
     train_loc, val_loc                        images inside trainval, for validation; optional
     allclasses_names, attribute_names, image_files  texts (C), (K), (N); optional
 
-`make_provenance` lists the attributes of the file; one more is w2v, the word vectors' source.
+`make_provenance` lists the attributes of the file; one more is w2v, the word vectors' source, and
+another semantics, the file of class vectors in the attributes' place; optional.
 The maps are compressed by gzip or lzf, or not at all. `parts.py` writes files and `reader.py`
 reads them with the functions here.
 """
@@ -59,6 +60,7 @@ def feature_file(dataset: str, backbone: str) -> Path:
     The path is data/<DS>/feature_map_<backbone>_<DS>.hdf5.
     """
     name = "ResNet_101" if backbone == "resnet101" else backbone  # the published code's file name
+    name = name.replace("/", "_")  # timm/<name>
     return Path("data") / dataset / f"feature_map_{name}_{dataset}.hdf5"
 
 
@@ -86,7 +88,8 @@ def make_provenance(
     """What the maps depend on, in the words of the file.
 
     options: dataset, img_size, normalization and precision. weights: backbone, weights and
-    weights_sha256, as `build_backbone` gives them. pixels: the name of the pixel statistics.
+    weights_sha256, as `build_backbone` gives them, and what its builder knows better. pixels: the
+    name of the pixel statistics.
     """
     versions = {
         "torch": torch.__version__,
@@ -97,13 +100,13 @@ def make_provenance(
     size = options.img_size
 
     return {
+        "batch_norm": "folded",
         **weights,
         "dataset": options.dataset,
         "img_size": size,
         "transform": f"Resize({size}) CenterCrop({size}) ToTensor Normalize({pixels})",
         "normalization": options.normalization,
         "precision": options.precision,
-        "batch_norm": "folded",
         "split_fingerprint": split.fingerprint,
         "device": device.type,
         "versions": json.dumps(versions),
@@ -135,6 +138,8 @@ def write_annotations(file: h5py.File, annotations: Annotations, provenance: dic
     for name, value in provenance.items():
         file.attrs[name] = value
     file.attrs["w2v"] = annotations.w2v_source
+    if split.semantics is not None:
+        file.attrs["semantics"] = split.semantics
 
 
 def read_provenance(file: h5py.File) -> dict:

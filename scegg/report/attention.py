@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
-from scegg.datasets.xlsa17 import image_tail
+from scegg.datasets.xlsa17 import image_tail, places_of_images
 from scegg.features.backbones import build_backbone
 from scegg.features.images import PixelNormalization, image_transform, read_image
 from scegg.features.reader import normalize_positions
@@ -54,6 +54,7 @@ def dataset_images(run: TrainedRun, data_root: Path, count: int, seed: int) -> l
         )
     indices = choose_test_images(run, count, seed)
     tails = [image_tail(features.image_files[index], anchor, features.path) for index in indices]
+    tails = places_of_images(data_root, run.dataset, tails)
 
     shown = []
     for index, tail, feature_map in zip(indices, tails, features.read(indices), strict=True):
