@@ -24,6 +24,7 @@ from scegg.datasets.xlsa17 import places_of_images, read_attribute_names, read_d
 from scegg.features.backbones import IMAGENET, OFFLINE, build_backbone, fold, pixel_statistics
 from scegg.features.extract import Backbone, default_workers, extract
 from scegg.features.feature_file import (
+    DTYPES,
     FILTERS,
     Annotations,
     feature_file,
@@ -143,6 +144,12 @@ def add_data_flags(parser: argparse.ArgumentParser):
         default=None,
         choices=[name for name in FILTERS if name],
         help="compress the feature maps, lossless (default where given: gzip)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="that the maps are stored in; the other two take half the disk (default: float32)",
     )
 
 
