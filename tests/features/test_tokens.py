@@ -10,6 +10,8 @@ import torch
 from torchvision import models
 
 import preprocessing
+import train_joint
+from helpers import SMALL_RUN, flags, read_summary
 from scegg.datasets import toy
 from scegg.features.backbones import build_backbone, fold, pixel_statistics
 from scegg.features.feature_file import feature_file
@@ -199,7 +201,7 @@ def test_the_networks_own_pixels(timm):
 
 
 def test_a_vit_on_toy(timm, tmp_path, monkeypatch, capsys):
-    """From pictures to a feature file under the name that training looks for."""
+    """From pictures to a feature file under the name that training looks for, and to accuracies."""
     monkeypatch.chdir(tmp_path)
     toy.render(tmp_path / "data", classes=5, unseen=1, images_per_class=5)
     name = "timm/vit_tiny_patch16_224"
@@ -215,3 +217,7 @@ def test_a_vit_on_toy(timm, tmp_path, monkeypatch, capsys):
         assert file["feature_map"].shape == (25, 192, 4, 4)
         assert file.attrs["backbone"] == name and file.attrs["weights"] == "w.pth"
         assert np.ptp(file["feature_map"][()], axis=(2, 3)).min() > 0
+
+    run = ["--backbone", name, "--img_size", "64", "--wandb", "disabled"]
+    train_joint.main([*run, *flags(**SMALL_RUN | {"nepoch": 1})])
+    assert read_summary(next((tmp_path / "runs").iterdir()))["backbone"] == name
