@@ -207,8 +207,8 @@ def test_a_vit_on_toy(timm, tmp_path, monkeypatch, capsys):
     name = "timm/vit_tiny_patch16_224"
     network = timm.create_model(name.removeprefix("timm/"), num_classes=0)
     weights = str(save(network, tmp_path / "w.pth"))
-    flags = ["-d", "TOY", "--backbone", name, "--weights", weights, "--img_size", "64", "-n", "0"]
-    preprocessing.main(flags)
+    backbone = ["--backbone", name, "--img_size", "64"]
+    preprocessing.main(["-d", "TOY", *backbone, "--weights", weights, "-n", "0"])
     assert "--normalization backbone gives it those" in capsys.readouterr().out
 
     path = feature_file("TOY", name)
@@ -218,6 +218,5 @@ def test_a_vit_on_toy(timm, tmp_path, monkeypatch, capsys):
         assert file.attrs["backbone"] == name and file.attrs["weights"] == "w.pth"
         assert np.ptp(file["feature_map"][()], axis=(2, 3)).min() > 0
 
-    run = ["--backbone", name, "--img_size", "64", "--wandb", "disabled"]
-    train_joint.main([*run, *flags(**SMALL_RUN | {"nepoch": 1})])
+    train_joint.main([*backbone, "--wandb", "disabled", *flags(**SMALL_RUN | {"nepoch": 1})])
     assert read_summary(next((tmp_path / "runs").iterdir()))["backbone"] == name
