@@ -10,7 +10,7 @@ import train_joint
 from helpers import ROOT, SMALL_RUN, flags
 from scegg import doctor
 from scegg.datasets import make
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS, find_layout
 from scegg.datasets.semantics import read_semantics
 from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
 from scegg.features.reader import open_features
@@ -41,7 +41,9 @@ def own(tmp_path, monkeypatch):
             Image.fromarray(pixels.astype(np.uint8)).save(path)
     (tmp_path / "pets" / "cat" / "notes.txt").write_text("no picture")
 
-    lines = [f"{name},{label % 2},{label / 5},{label > 2:d}" for label, name in enumerate(CLASSES)]
+    lines = [
+        f"{name},{label % 2},{label / 5 + 0.2},{label > 2:d}" for label, name in enumerate(CLASSES)
+    ]
     table = "\n".join(["class,furry,has_size::big,wet", *reversed(lines), "cow,1,1,1"])
     (tmp_path / "pets.csv").write_text(table)
     (tmp_path / "seen.txt").write_text("\n".join(CLASSES[:4]) + "\n")
@@ -79,14 +81,14 @@ def test_from_pictures_to_a_table_without_a_line_of_code(own, capsys):
 
 def test_what_is_made(own):
     made()
-    LAYOUTS.update(PETS=make.LAYOUTS.get("PETS") or preprocessing.find_layout("PETS", own / "data"))
+    find_layout("PETS", own / "data")
     split, names, tails = read_dataset(own / "data", "PETS")
     assert names == CLASSES and len(tails) == 30
     assert all((own / "data/PETS" / tail).is_file() for tail in tails)
     assert list(split.unseen) == [4] and list(split.seen) == [0, 1, 2, 3]
     assert len(split.test_seen) == 4 and len(split.trainval) == 20
     assert set(split.train) | set(split.val) == set(split.trainval)
-    np.testing.assert_allclose(split.original_att[3], [1, 0.6, 1], rtol=1e-6)
+    np.testing.assert_allclose(split.original_att[3], [1, 0.8, 1], rtol=1e-6)
     assert read_attribute_names(own / "data", "PETS", 3) == ["furry", "has_size::big", "wet"]
 
     made("--seed", "1")  # made anew
