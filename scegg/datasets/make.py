@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.io
 
-from scegg.datasets.layouts import LAYOUTS, NAME, OWN
+from scegg.datasets.layouts import FOLDER, NAME, OWN
 from scegg.datasets.semantics import read_semantics
 from scegg.datasets.splits import hold_out
 from scegg.datasets.text_files import text_encoding
@@ -234,7 +234,8 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="of the choice of test pictures and val classes")
     options = parser.parse_args(argv)
 
-    if not NAME.fullmatch(options.name) or options.name in (*LAYOUTS, "xlsa17", "w2v"):
+    is_taken = (FOLDER / f"{options.name.lower()}.yaml").exists()
+    if not NAME.fullmatch(options.name) or is_taken or options.name in ("xlsa17", "w2v"):
         raise UserError(f"--name {options.name}: take another, a word of letters, digits and _")
     if not 0 < options.test_share < 1:
         raise UserError(f"--test_share {options.test_share}: must be between 0 and 1")
