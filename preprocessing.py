@@ -91,6 +91,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags. Raises UserError for one that cannot be."""
     parser = FlagParser("Images -> feature maps -> HDF5.")
     add_data_flags(parser)
+    add_output_flags(parser)
     add_backbone_flags(parser)
     add_speed_flags(parser)
     options = parser.parse_args(argv)
@@ -104,7 +105,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def add_data_flags(parser: argparse.ArgumentParser):
-    """What is read, and what is written."""
+    """What is read."""
     folders = ", ".join(f"{name}/" for name in (*LAYOUTS, "xlsa17", "w2v"))
     parser.add_argument(
         "--dataset", "-d", required=True, help=f"{', '.join(LAYOUTS)}, or one of your own"
@@ -130,6 +131,9 @@ def add_data_flags(parser: argparse.ArgumentParser):
         help=f"a larger image is refused as a decompression bomb (default: {MEGAPIXELS})",
     )
 
+
+def add_output_flags(parser: argparse.ArgumentParser):
+    """What is written."""
     parser.add_argument(
         "--output",
         type=Path,

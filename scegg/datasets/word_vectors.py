@@ -45,14 +45,14 @@ def attribute_vectors(
 ) -> tuple[np.ndarray, str]:
     """Word vectors (K, d) float32, and the name of their source.
 
-    They come from `path` if it is given, else from data_root/w2v, else they are Gaussian. units:
-    "vector" for class vectors without words. semantics: their file, where they are not the
-    dataset's own; then its table in data_root/w2v does not belong to them.
+    They come from `path` if it is given, else from data_root/w2v, else they are Gaussian.
+    units: "vector" where no words name the numbers of the class vectors. semantics: the file of
+    these, if they are not the dataset's own; its table in data_root/w2v is not of them, then.
     Raises UserError if they are not `count`, or if there is nothing to make them from.
     """
-    wordless = names is None and (semantics is not None or units == "vector")
-    own = dataset if semantics is None else None
-    path = path or find_vectors(data_root / "w2v", own, models=not wordless)
+    is_own = semantics is None
+    wordless = names is None and (units == "vector" or not is_own)
+    path = path or find_vectors(data_root / "w2v", dataset if is_own else None, not wordless)
     if path is None and wordless:
         return dimension_vectors(count, dataset), "gaussian"
     if path is not None:

@@ -155,3 +155,19 @@ def test_a_table_of_another_kind(tmp_path):
     (tmp_path / "t.txt").write_text("cat 1 2")
     with pytest.raises(UserError, match="must be a .csv or .npy file"):
         read_semantics(tmp_path / "t.txt", CLASSES)
+
+
+def test_a_description_may_name_other_class_vectors(own, capsys):
+    made()
+    np.save(own / "data/PETS/v.npy", np.random.default_rng(3).standard_normal((5, 6)))
+    description = own / "data/PETS/layout.yaml"
+    text = description.read_text().replace("units: fraction", "units: percent")
+    description.write_text(text)
+    options = preprocessing.parse_arguments(["-d", "PETS", "--output", "maps.hdf5"])
+    assert preprocessing.read_annotations(options).split.semantics is None
+    assert "up to 1, but the description of PETS says units: percent" in capsys.readouterr().out
+
+    description.write_text(text + "semantics: v.npy\n")
+    LAYOUTS.pop("PETS")
+    split = preprocessing.read_annotations(options).split
+    assert split.semantics == "v.npy" and split.att.shape == (5, 6)

@@ -69,7 +69,8 @@ def test_the_whole_way_on_the_real_split(real_data, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(BUILDERS, "patches", patches)
     lay_out(real_data, tmp_path / "data", dataset)
     backbone = ["--backbone", "patches", "--img_size", str(SIDE)]
-    preprocessing.main(["-d", dataset, *backbone, "-n", "0", "-b", "64"])
+    w2v = str(real_data / "w2v" / f"{dataset}_attribute.pkl")
+    preprocessing.main(["-d", dataset, *backbone, "--w2v", w2v, "-n", "0", "-b", "64"])
     said = capsys.readouterr().out
     assert "the full proposed split, the common release" in said
 
