@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from scegg.datasets.layouts import add_own_layouts
 from scegg.features.images import MEGAPIXELS
 from scegg.report.evaluation import differences, evaluate_run, write_report
 from scegg.report.prediction import FORMATS, HEADS, Predictor, predict
@@ -34,6 +35,7 @@ def main(argv=None):
     keep_freed_memory()
     fix_threads()
 
+    add_own_layouts(Path("data"))
     files = read_run(options.run)
     torch.set_float32_matmul_precision(files.config.matmul_precision)
     all_is_well = name_pictures if options.images else check_numbers

@@ -16,12 +16,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS, Layout, add_layout_flag, find_layout
+from scegg.datasets.semantics import read_semantics
+from scegg.datasets.splits import Split
 from scegg.datasets.word_vectors import attribute_vectors
-from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
-from scegg.features.backbones import OFFLINE, OWN_PIXELS, build_backbone, fold
+from scegg.datasets.xlsa17 import places_of_images, read_attribute_names, read_dataset
+from scegg.features.backbones import IMAGENET, OFFLINE, build_backbone, fold, pixel_statistics
 from scegg.features.extract import Backbone, compiled, default_workers, extract
 from scegg.features.feature_file import (
+    DTYPES,
     FILTERS,
     Annotations,
     feature_file,
@@ -88,6 +91,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """The flags. Raises UserError for one that cannot be."""
     parser = FlagParser("Images -> feature maps -> HDF5.")
     add_data_flags(parser)
+    add_output_flags(parser)
     add_backbone_flags(parser)
     add_speed_flags(parser)
     options = parser.parse_args(argv)
@@ -101,9 +105,18 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def add_data_flags(parser: argparse.ArgumentParser):
-    """What is read, and what is written."""
+    """What is read."""
     folders = ", ".join(f"{name}/" for name in (*LAYOUTS, "xlsa17", "w2v"))
-    parser.add_argument("--dataset", "-d", required=True, choices=LAYOUTS)
+    parser.add_argument(
+        "--dataset", "-d", required=True, help=f"{', '.join(LAYOUTS)}, or one of your own"
+    )
+    add_layout_flag(parser)
+    parser.add_argument(
+        "--semantics",
+        type=Path,
+        default=None,
+        help=".csv or .npy of class vectors, in the place of the class attributes",
+    )
     parser.add_argument("--data_root", type=Path, default=Path("data"), help=f"folder of {folders}")
     parser.add_argument(
         "--w2v",
@@ -118,6 +131,9 @@ def add_data_flags(parser: argparse.ArgumentParser):
         help=f"a larger image is refused as a decompression bomb (default: {MEGAPIXELS})",
     )
 
+
+def add_output_flags(parser: argparse.ArgumentParser):
+    """What is written."""
     parser.add_argument(
         "--output",
         type=Path,
@@ -133,6 +149,12 @@ def add_data_flags(parser: argparse.ArgumentParser):
         choices=[name for name in FILTERS if name],
         help="compress the feature maps, lossless (default where given: gzip)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="that the maps are stored in; the other two take half the disk (default: float32)",
+    )
 
 
 def add_backbone_flags(parser: argparse.ArgumentParser):
@@ -140,7 +162,7 @@ def add_backbone_flags(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--backbone",
         default="resnet101",
-        help=f"a torchvision classification CNN, or {OFFLINE} (offline)",
+        help=f"a torchvision classification network, {OFFLINE} (offline), or timm/<name>",
     )
     parser.add_argument(
         "--weights",
@@ -155,7 +177,7 @@ def add_backbone_flags(parser: argparse.ArgumentParser):
         choices=("imagenet", "backbone"),
         default="imagenet",
         help="the pixels' mean and std: ImageNet's, as in the paper (default), or those of the "
-        f"weights' training, which differ for {', '.join(OWN_PIXELS)}",
+        f"weights' training, which differ for {OFFLINE} and for many of timm's",
     )
     parser.add_argument(
         "--precision",
@@ -207,7 +229,10 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
         options.num_workers = default_workers(device)
     options.num_workers = usable_workers(options.num_workers)
     if options.output is None:
-        options.output = feature_file(options.dataset, options.backbone)
+        name = options.backbone
+        if options.semantics:  # the file of the dataset's own attributes stays
+            name += f"_{options.semantics.stem}"
+        options.output = feature_file(options.dataset, name)
     if options.output.is_dir():
         raise UserError(f"--output {options.output} is a folder: name a file")
 
@@ -215,21 +240,45 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
 def read_annotations(options: argparse.Namespace) -> Annotations:
     """What lies below the data root. Raises UserError for all that is missing or cannot be."""
     data_root, dataset = options.data_root, options.dataset
+    layout = find_layout(dataset, data_root, options.layout)
     split, class_names, tails = read_dataset(data_root, dataset)
+    names = None
+    semantics = options.semantics
+    if semantics is None and layout.semantics:
+        semantics = data_root / dataset / layout.semantics
+    if semantics:
+        vectors, names = read_semantics(semantics, class_names)
+        split = split.with_semantics(vectors, semantics.name)
     print(split.describe(dataset))
+    warn_of_units(split, layout)
     if options.output.exists():
         print(f"{options.output} is there already: it will be replaced")
-    check_images(data_root / dataset, tails)
+    check_images(data_root / dataset, places_of_images(data_root, dataset, tails))
 
     count = split.att.shape[1]
-    names = read_attribute_names(data_root, dataset, count)
-    w2v, w2v_source = attribute_vectors(options.w2v, data_root, dataset, names, count)
+    if not semantics:
+        names = read_attribute_names(data_root, dataset, count)
+    w2v, w2v_source = attribute_vectors(
+        options.w2v, data_root, dataset, names, count, layout.units, split.semantics
+    )
     return Annotations(split, w2v, w2v_source, class_names, names, tails)
+
+
+def warn_of_units(split: Split, layout: Layout):
+    """A line where the class attributes are not in the units that the description says."""
+    most = split.original_att.max()
+    is_other = most <= 1 if layout.units == "percent" else most > 1
+    if split.semantics is None and layout.units != "vector" and is_other:
+        print(
+            f"WARNING: original_att goes up to {most:g}, but the description of {layout.name} says "
+            f"units: {layout.units}"
+        )
 
 
 def pixel_normalization(options: argparse.Namespace) -> PixelNormalization:
     """The normalisation asked for, and a line where the weights were trained with another."""
-    if options.backbone in OWN_PIXELS and options.normalization == "imagenet":
+    is_other = pixel_statistics(options.backbone, "backbone") != IMAGENET
+    if is_other and options.normalization == "imagenet":
         print(
             f"pixels are normalised as in the paper; {options.backbone} was trained on others, "
             "--normalization backbone gives it those"
@@ -239,7 +288,8 @@ def pixel_normalization(options: argparse.Namespace) -> PixelNormalization:
 
 def dataset_images(options: argparse.Namespace, tails: list[str]) -> Images:
     """The images to be read; tails: their paths in the dataset's folder."""
-    paths = [options.data_root / options.dataset / tail for tail in tails]
+    places = places_of_images(options.data_root, options.dataset, tails)
+    paths = [options.data_root / options.dataset / place for place in places]
     transform = image_transform(options.img_size)
     return Images(paths, transform, options.num_workers, options.max_megapixels)
 

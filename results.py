@@ -11,7 +11,7 @@ paper picks them. *Last epoch* and *validated* never look at the test set.
 import sys
 from pathlib import Path
 
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS, add_own_layouts
 from scegg.report.comparison import build_table, group_runs, record
 from scegg.report.formats import FORMATS
 from scegg.report.summaries import FinishedRun, gather, newest_of_each_seed, warn
@@ -20,6 +20,7 @@ from util import FlagParser, UserError, exit_on_user_error, write_text
 
 def main(argv=None):
     """Make the table, and what else the flags ask for."""
+    add_own_layouts(Path("data"))
     options = parse_arguments(argv)
     runs = read_runs(options.paths, options.dataset or list(LAYOUTS))
     groups = group_runs(runs)
@@ -91,7 +92,7 @@ def columns_of(runs: list[FinishedRun], asked_for: list[str] | None) -> list[str
         return [name for name in LAYOUTS if name in asked_for]
 
     measured = {run.summary["dataset"] for run in runs}
-    papers = {name for name, layout in LAYOUTS.items() if layout.published is not None}
+    papers = {name for name, layout in LAYOUTS.items() if layout.paper}
     return [name for name in LAYOUTS if name in measured or name in papers]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from scegg.datasets.layouts import add_own_layouts
 from scegg.features.images import MEGAPIXELS
 from scegg.report.attention import attention_figure, dataset_images, read_images
 from scegg.report.curves import curve_figure, read_curve
@@ -33,6 +34,7 @@ def draw(options) -> Figure:
         curve = read_curve(options.run / "seen_unseen_curve.csv")
         return curve_figure(curve, options.run.resolve().name)
 
+    add_own_layouts(getattr(options, "data_root", Path("data")))
     run = load_run(options.run, options.features)
     print(run.features.split.describe(run.dataset))
     if options.command == "tsne":

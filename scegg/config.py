@@ -234,7 +234,12 @@ def allowed_values(field: dataclasses.Field) -> str:
 
 def unknown_key(name: str, where: str, others=()) -> UserError:
     """The error for a key that does not exist; it names the nearest one that does."""
-    nearest = difflib.get_close_matches(name, [*FIELDS, *others], n=1, cutoff=0)[0]
+    return unknown_name(name, where, [*FIELDS, *others])
+
+
+def unknown_name(name: str, where: str, known) -> UserError:
+    """The same among any known names."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
     return UserError(f"{where}: unknown key {name}; did you mean {nearest}?")
 
 
@@ -304,21 +309,8 @@ def check_together(config: Config):
 
 def read_values(path: Path) -> dict:
     """The keys and checked values of one W&B YAML file. Raises UserError as read_config does."""
-    try:
-        text = Path(path).read_text(text_encoding(path))
-        content = yaml.load(text, Loader=UniqueKeyLoader)
-    except OSError as error:
-        raise unreadable(path, error) from None
-    except UnicodeError as error:
-        raise UserError(f"config {path} is no UTF-8 ({error}): save it as UTF-8") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        # PyYAML raises all of these over a strange file
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"config {path}: expected lines of the form `key: {{value: x}}`")
-
     values = {}
-    for name, entry in content.items():
+    for name, entry in read_yaml(path, "config", "{value: x}").items():
         if name in WANDB_BOOKKEEPING or name in RUN_FACTS:
             continue
         if name not in FIELDS:
@@ -327,6 +319,26 @@ def read_values(path: Path) -> dict:
             raise UserError(f"config {path}: {name} must be written `{name}: {{value: x}}`")
         values[name] = parse_value(name, entry["value"], f"config {path}")
     return values
+
+
+def read_yaml(path: Path, what: str, form: str = "value") -> dict:
+    """The mapping in a YAML file, no key twice. what: names the kind of file in errors.
+
+    Raises UserError for a file that cannot be read, and for other contents.
+    """
+    try:
+        text = Path(path).read_text(text_encoding(path))
+        content = yaml.load(text, Loader=UniqueKeyLoader)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeError as error:
+        raise UserError(f"{what} {path} is no UTF-8 ({error}): save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        # PyYAML raises all of these over a strange file
+        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path}: expected lines of the form `key: {form}`")
+    return content
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -48,7 +48,15 @@ def installation() -> list[str]:
         else:
             lines.append(f"{name} {found}; requirements.txt pins {pinned}")
 
-    return [*lines, f"as pinned: {', '.join(as_pinned)}", *failed_imports()]
+    return [*lines, f"as pinned: {', '.join(as_pinned)}", timm_line(), *failed_imports()]
+
+
+def timm_line() -> str:
+    """One line on timm, which is optional."""
+    try:
+        return f"timm {importlib.metadata.version('timm')}: --backbone timm/<name> works"
+    except importlib.metadata.PackageNotFoundError:
+        return "timm is not installed; --backbone timm/<name> needs requirements-timm.txt"
 
 
 def pins(requirements: str) -> list[tuple[str, str]]:
@@ -141,25 +149,62 @@ class DatasetState(NamedTuple):
 def dataset_state(data_root: Path, dataset: str) -> DatasetState:
     """Look at the data of a dataset."""
     from scegg.datasets.layouts import LAYOUTS
-    from scegg.datasets.xlsa17 import read_attribute_names, read_dataset
+    from scegg.datasets.xlsa17 import places_of_images, read_attribute_names, read_dataset
 
     folder = data_root / dataset
     try:
         split, _, tails = read_dataset(data_root, dataset)
-        missing = [tail for tail in tails if not (folder / tail).is_file()]
+        places = places_of_images(data_root, dataset, tails)
+        missing = [place for place in places if not (folder / place).is_file()]
         names = read_attribute_names(data_root, dataset, split.att.shape[1])
     except UserError as error:
-        return DatasetState([str(error)], None, False)
+        return DatasetState([str(error), *mending_lines(data_root, dataset)], None, False)
 
     images = f"{len(tails) - len(missing)} of {len(tails)} images are there"
     if missing:
         images += f", the first one missing is {missing[0]}: unpack the dataset again"
+        images += "".join(f"; {command}" for command in unpacking(folder))
     lines = [split.describe(dataset), images]
-    if names is None:
+    if names is None and LAYOUTS[dataset].attribute_files:
         expected = " or ".join(LAYOUTS[dataset].attribute_files)
         lines.append(f"no attribute names: expected {expected} in {folder}")
     lines.append(word_vectors_line(data_root, dataset))
     return DatasetState(lines, split.fingerprint, not missing)
+
+
+def mending_lines(data_root: Path, dataset: str) -> list[str]:
+    """The commands that bring a dataset's pictures from somewhere near to their place."""
+    from scegg.datasets.layouts import LAYOUTS
+    from scegg.datasets.xlsa17 import image_folder
+
+    if image_folder(data_root, dataset).is_dir():
+        return []
+    place = data_root / dataset / LAYOUTS[dataset].images
+    found = misplaced(data_root / dataset, place.name)
+    if found is None:
+        return [f"unpack it: {command}" for command in unpacking(data_root / dataset)]
+    names = (shlex.quote(str(path)) for path in (place.parent, found, place))
+    return ["its pictures lie in another place: mkdir -p {} && mv {} {}".format(*names)]
+
+
+def misplaced(folder: Path, name: str) -> Path | None:
+    """A folder of that name, in whatever case, up to four levels below; it holds something."""
+    for depth in range(1, 5):
+        for path in sorted(folder.glob("/".join("*" * depth))):
+            if path.name.lower() == name.lower() and path.is_dir() and any(path.iterdir()):
+                return path
+    return None
+
+
+def unpacking(folder: Path) -> list[str]:
+    """The commands that unpack the archives in a dataset's folder."""
+    commands = {".zip": "unzip -q {0} -d {1}", ".tgz": "tar -xzf {0} -C {1}"}
+    commands |= {".gz": commands[".tgz"], ".tar": "tar -xf {0} -C {1}"}
+    archives = [path for path in sorted(folder.glob("*")) if path.suffix in commands]
+    return [
+        commands[path.suffix].format(shlex.quote(str(path)), shlex.quote(str(folder)))
+        for path in archives
+    ]
 
 
 def word_vectors_line(data_root: Path, dataset: str) -> str:
@@ -196,6 +241,7 @@ def feature_line(path: Path):
 
 def next_command(data_root: Path, dataset: str, is_ready: bool, usable: list) -> str:
     """What to run next for a dataset. usable: the Features that can be trained on."""
+    from scegg.config import default_config
     from scegg.features.feature_file import feature_file
 
     is_toy = dataset == "TOY"
@@ -205,6 +251,8 @@ def next_command(data_root: Path, dataset: str, is_ready: bool, usable: list) ->
 
     if usable:
         train = f"python {training_script(dataset)}{root}"
+        if not default_config(dataset).is_file():
+            train += " --config wandb_config/cub_gzsl.yaml"
         own = feature_file(dataset, "efficientnet_lite2" if is_toy else "resnet101")
         if own in [features.path for features in usable]:
             return train
@@ -248,7 +296,7 @@ def dataset_report(data_root: Path, dataset: str) -> list[str]:
     for path in sorted(feature_file(dataset, "resnet101").parent.glob("*.hdf5")):
         line, features = feature_line(path)
         lines.append(line)
-        if features and state.fingerprint in (None, features.split.fingerprint):
+        if features and state.fingerprint in (None, features.split.fingerprint_of_images):
             usable.append(features)
 
     return [*lines, f"next: {next_command(data_root, dataset, state.is_ready, usable)}"]
@@ -307,9 +355,15 @@ def main(argv=None):
     free = shutil.disk_usage(".").free / 1e9
     print_section("", [*devices(), wandb_state(), f"{free:.1f} GB of disk are free here"])
 
-    from scegg.datasets.layouts import LAYOUTS
+    from scegg.datasets.layouts import LAYOUTS, WRONG, add_own_layouts
 
-    for dataset in LAYOUTS:
+    add_own_layouts(options.data_root)
+    for error in WRONG.values():
+        print_section("\na description of a dataset", [f"left out: {error}"])
+    for dataset, layout in LAYOUTS.items():
+        is_usual = layout.paper or dataset == "TOY"
+        if not is_usual and not (options.data_root / dataset).is_dir():
+            continue
         print_section(f"\n{dataset}", dataset_report(options.data_root, dataset))
     print_section("\nunfinished", unfinished(options.runs) or ["nothing"])
 

@@ -22,6 +22,7 @@ class Split:
     trainval, test_seen, test_unseen: images of each part, index vectors without a common image.
     att, original_att: (C, K) float32, the class attributes, normalised and as they were collected.
     train, val: images inside trainval, for validation. None where the file has none.
+    semantics: the file of class vectors that stand in the place of the dataset's attributes.
     """
 
     labels: np.ndarray
@@ -32,6 +33,7 @@ class Split:
     original_att: np.ndarray
     train: np.ndarray | None = None
     val: np.ndarray | None = None
+    semantics: str | None = None
 
     @property
     def seen(self) -> np.ndarray:
@@ -45,7 +47,18 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits that change when an image gets another label or another part."""
+        """12 hex digits that change when an image gets another label or another part.
+
+        Where other class vectors stand in the attributes' place, + and 6 digits of theirs follow.
+        """
+        if self.semantics is None:
+            return self.fingerprint_of_images
+        vectors = np.ascontiguousarray(self.original_att, "<f4").tobytes()
+        return f"{self.fingerprint_of_images}+{hashlib.sha256(vectors).hexdigest()[:6]}"
+
+    @property
+    def fingerprint_of_images(self) -> str:
+        """The fingerprint without the class vectors."""
         parts = (self.trainval, self.test_seen, self.test_unseen)
         digest = hashlib.sha256()
         for vector in (self.labels, *map(np.sort, parts)):
@@ -65,8 +78,18 @@ class Split:
         )
 
     def is_published(self, dataset: str) -> bool:
-        """Whether this split has the numbers of the paper's full dataset."""
-        return self.counts() == LAYOUTS[dataset].published
+        """Whether this split has the numbers of the full dataset, with its own attributes."""
+        return self.semantics is None and self.counts() == LAYOUTS[dataset].published
+
+    def with_semantics(self, vectors: np.ndarray, source: str) -> "Split":
+        """The split with class vectors (C, K) in the attributes' place. source: their file's name.
+
+        Raises UserError for a class whose numbers are all 0.
+        """
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        require(lengths.all(), source, f"the numbers of class {np.argmin(lengths)} are all 0")
+        att = (vectors / lengths).astype(np.float32)
+        return dataclasses.replace(self, att=att, original_att=vectors, semantics=source)
 
     def describe(self, dataset: str) -> str:
         """One line: the fingerprint, which split it is, and its numbers."""
@@ -81,10 +104,16 @@ class Split:
     def kind(self, dataset: str) -> str:
         """Whether this is the paper's split and its common release, in words."""
         layout = LAYOUTS[dataset]
+        if self.semantics is not None:
+            return f"class vectors of {self.semantics} in the attributes' place"
         if layout.published is None:
-            return "built-in dataset"
+            return "built-in dataset" if layout.made_by else "a dataset of your own"
         if not self.is_published(dataset):
-            return f"NOT the full {dataset} of the paper"
+            return f"NOT the full {dataset}" + (" of the paper" if layout.paper else "")
+        if not layout.checked:
+            return "the published numbers, which were not checked against the files"
+        if layout.release is None:
+            return "the numbers of its description"
         if self.fingerprint == layout.release:
             return "the full proposed split, the common release"
         return "the full proposed split, NOT the common release"

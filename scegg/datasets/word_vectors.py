@@ -34,14 +34,26 @@ LONGEST = 10_000  # numbers of a vector, bytes of a word
 
 
 def attribute_vectors(
-    path: Path | None, data_root: Path, dataset: str, names: list[str] | None, count: int
+    path: Path | None,
+    data_root: Path,
+    dataset: str,
+    names: list[str] | None,
+    count: int,
+    units: str = "percent",
+    semantics: str | None = None,
 ) -> tuple[np.ndarray, str]:
     """Word vectors (K, d) float32, and the name of their source.
 
     They come from `path` if it is given, else from data_root/w2v, else they are Gaussian.
+    units: "vector" where no words name the numbers of the class vectors. semantics: the file of
+    these, if they are not the dataset's own; its table in data_root/w2v is not of them, then.
     Raises UserError if they are not `count`, or if there is nothing to make them from.
     """
-    path = path or find_vectors(data_root / "w2v", dataset)
+    is_own = semantics is None
+    wordless = names is None and (units == "vector" or not is_own)
+    path = path or find_vectors(data_root / "w2v", dataset if is_own else None, not wordless)
+    if path is None and wordless:
+        return dimension_vectors(count, dataset), "gaussian"
     if path is not None:
         vectors, source = read_vectors(path, names), path.name
     elif names is not None:
@@ -65,11 +77,27 @@ def attribute_vectors(
     return vectors, source
 
 
-def find_vectors(folder: Path, dataset: str) -> Path | None:
-    """The dataset's own table in the folder, else a model of words, else None."""
-    tables = [folder / f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
-    models = sorted([*folder.glob("*.bin"), *folder.glob("*.txt")])
-    return next((candidate for candidate in [*tables, *models] if candidate.is_file()), None)
+def dimension_vectors(count: int, dataset: str) -> np.ndarray:
+    """A Gaussian vector (300,) for each number of class vectors that no words name; says so."""
+    print(
+        f"no words name the {count} numbers of {dataset}'s class vectors: V starts from one "
+        "Gaussian vector a number. The baseline needs no V: wandb_config/ablations/tf_vaegan.yaml"
+    )
+    vectors = [gaussian_vector(f"dimension {number}") for number in range(count)]
+    return np.stack(vectors).astype(np.float32)
+
+
+def find_vectors(folder: Path, dataset: str | None, models: bool = True) -> Path | None:
+    """The dataset's own table in the folder, else a model of words, else None.
+
+    dataset: None where no table belongs to its class vectors. models: whether there are words.
+    """
+    candidates = []
+    if dataset is not None:
+        candidates += [folder / f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
+    if models:
+        candidates += sorted([*folder.glob("*.bin"), *folder.glob("*.txt")])
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def read_vectors(path: Path, names: list[str] | None) -> np.ndarray:

@@ -45,7 +45,7 @@ def check_folders(data_root: Path, dataset: str):
     layout = LAYOUTS[dataset]
     hint = f" ({layout.made_by} renders it)" if layout.made_by else ""
     contents = {
-        data_root / dataset / layout.images: f"the {dataset} images",
+        image_folder(data_root, dataset): f"the {dataset} images",
         data_root / "xlsa17" / "data" / dataset: "res101.mat and att_splits.mat of xlsa17",
     }
     for folder, content in contents.items():
@@ -53,6 +53,20 @@ def check_folders(data_root: Path, dataset: str):
             raise UserError(
                 f"{folder} is missing: put {content} there, or name another --data_root{hint}"
             )
+
+
+def image_folder(data_root: Path, dataset: str) -> Path:
+    """Where a dataset's pictures lie: its usual folder, or another one that its layout names."""
+    layout = LAYOUTS[dataset]
+    folders = [data_root / dataset / place for place in (layout.images, *layout.also_at)]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def places_of_images(data_root: Path, dataset: str, tails: list[str]) -> list[str]:
+    """Image paths as they lie on this disk, below `<data_root>/<dataset>`."""
+    usual = LAYOUTS[dataset].images + "/"
+    here = image_folder(data_root, dataset).relative_to(data_root / dataset).as_posix() + "/"
+    return [here + tail[len(usual) :] if tail.startswith(usual) else tail for tail in tails]
 
 
 def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split, list[str]]:
@@ -191,7 +205,10 @@ def image_tail(text: str, anchor: str, where) -> str:
     """
     parts = PurePosixPath(text.replace("\\", "/")).parts
     if anchor not in parts[:-1] or ".." in parts:
-        raise UserError(f"{where}: the image path {text!r} has no folder {anchor}")
+        raise UserError(
+            f"{where}: the image path {text!r} has no folder {anchor}, which the key `anchor` of "
+            "the dataset's description names"
+        )
     last = len(parts) - 1 - parts[::-1].index(anchor)
     return "/".join(parts[last:])
 

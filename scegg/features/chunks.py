@@ -25,6 +25,31 @@ LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at le
 HELD = 1 << 28  # bytes of chunks that are held unpacked, at least one column
 
 
+def bfloat16_type() -> h5py.h5t.TypeID:
+    """HDF5's description of a bfloat16: the upper half of a float32. numpy has no such type."""
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)
+    kind.set_ebias(127)
+    kind.set_precision(16)
+    kind.set_size(2)
+    return kind
+
+
+BFLOAT16 = bfloat16_type()
+
+
+def is_bfloat16(dataset: h5py.Dataset) -> bool:
+    """Whether a dataset holds bfloat16."""
+    return dataset.id.get_type() == BFLOAT16
+
+
+def widened(stored: np.ndarray) -> np.ndarray:
+    """The bits of bfloat16 (uint16) as float32; floats of any other type as they are."""
+    if stored.dtype != np.uint16:
+        return stored
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
 class Target(NamedTuple):
     """Where maps go: array (n, c, h, w) float32, for n images and c channels from these on."""
 
@@ -110,8 +135,8 @@ def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
 class Packing(NamedTuple):
     """How the chunks of a dataset are packed.
 
-    filters: HDF5's, in the order of writing. shape and dtype of a chunk; grid: chunks of a column,
-    down and across.
+    filters: HDF5's, in the order of writing. shape and dtype of a chunk, uint16 for bfloat16; grid:
+    chunks of a column, down and across.
     """
 
     filters: tuple[int, ...]
@@ -124,13 +149,14 @@ class Packing(NamedTuple):
         """That of a dataset; None if only HDF5 can undo it."""
         properties = dataset.id.get_create_plist()
         filters = tuple(properties.get_filter(at)[0] for at in range(properties.get_nfilters()))
+        dtype = np.dtype(np.uint16) if is_bfloat16(dataset) else dataset.dtype
         # numpy has no type for some of HDF5's floats; h5py then converts them
-        is_numpys = h5py.h5t.py_create(dataset.dtype) == dataset.id.get_type()
-        if not is_numpys or not set(filters) <= set(UNDO):
+        is_known = is_bfloat16(dataset) or h5py.h5t.py_create(dtype) == dataset.id.get_type()
+        if not is_known or not set(filters) <= set(UNDO):
             return None
         sides = zip(dataset.shape[2:], dataset.chunks[2:], strict=True)
         grid = tuple(-(-side // of_chunk) for side, of_chunk in sides)
-        return cls(filters, dataset.chunks, dataset.dtype, grid)
+        return cls(filters, dataset.chunks, dtype, grid)
 
     @property
     def size(self) -> int:
@@ -152,7 +178,7 @@ class Packing(NamedTuple):
                 content = UNDO[self.filters[position]](content, self)
         if len(content) != self.size:
             raise ValueError("its maps do not end where they should")
-        return np.frombuffer(content, self.dtype).reshape(self.shape)
+        return widened(np.frombuffer(content, self.dtype).reshape(self.shape))
 
 
 def unpack_gzip(content: bytes, packing: Packing) -> bytes:

@@ -1,6 +1,6 @@
 """The format of an HDF5 feature file, said once (docs/method.md, section 3).
 
-    feature_map                               (N, D, h, w) float32, one chunk an image
+    feature_map                               (N, D, h, w) floats, one chunk an image
     labels                                    (N,) classes, from 0
     trainval_loc, test_seen_loc, test_unseen_loc    images of each part, from 0
     att, original_att                         (C, K) class attributes
@@ -8,7 +8,8 @@
     train_loc, val_loc                        images inside trainval, for validation; optional
     allclasses_names, attribute_names, image_files  texts (C), (K), (N); optional
 
-`make_provenance` lists the attributes of the file; one more is w2v, the word vectors' source.
+`make_provenance` lists the attributes of the file; one more is w2v, the word vectors' source, and
+another semantics, the file of class vectors in the attributes' place; optional.
 The maps are compressed by gzip or lzf, or not at all. `parts.py` writes files and `reader.py`
 reads them with the functions here.
 """
@@ -25,7 +26,13 @@ import torchvision
 from isal import isal_zlib
 
 from scegg.datasets.splits import Split
-from scegg.features.chunks import Target, read_chunks
+from scegg.features.chunks import (
+    BFLOAT16,
+    Target,
+    is_bfloat16,
+    read_chunks,
+)
+from util import UserError
 
 MAPS = "feature_map"
 WORD_VECTORS = "w2v_att"
@@ -51,6 +58,8 @@ FILTERS = {
     "gzip": {"compression": "gzip", "compression_opts": GZIP_LEVEL},
     "lzf": {"compression": "lzf"},
 }
+# types that maps may be stored in, as HDF5 knows them
+DTYPES = {"float32": "f4", "float16": "f2", "bfloat16": h5py.Datatype(BFLOAT16)}
 
 
 def feature_file(dataset: str, backbone: str) -> Path:
@@ -59,6 +68,7 @@ def feature_file(dataset: str, backbone: str) -> Path:
     The path is data/<DS>/feature_map_<backbone>_<DS>.hdf5.
     """
     name = "ResNet_101" if backbone == "resnet101" else backbone  # the published code's file name
+    name = name.replace("/", "_")  # timm/<name>
     return Path("data") / dataset / f"feature_map_{name}_{dataset}.hdf5"
 
 
@@ -85,8 +95,9 @@ def make_provenance(
 ) -> dict:
     """What the maps depend on, in the words of the file.
 
-    options: dataset, img_size, normalization and precision. weights: backbone, weights and
-    weights_sha256, as `build_backbone` gives them. pixels: the name of the pixel statistics.
+    options: dataset, img_size, normalization, precision and dtype. weights: backbone, weights and
+    weights_sha256, as `build_backbone` gives them, and what its builder knows better. pixels: the
+    name of the pixel statistics.
     """
     versions = {
         "torch": torch.__version__,
@@ -95,15 +106,18 @@ def make_provenance(
         "pillow": PIL.__version__,
     }
     size = options.img_size
+    # said only where it is not the usual one: parts of older versions are still gone on with
+    stored = {} if options.dtype == "float32" else {"dtype": options.dtype}
 
     return {
+        **stored,
+        "batch_norm": "folded",
         **weights,
         "dataset": options.dataset,
         "img_size": size,
         "transform": f"Resize({size}) CenterCrop({size}) ToTensor Normalize({pixels})",
         "normalization": options.normalization,
         "precision": options.precision,
-        "batch_norm": "folded",
         "split_fingerprint": split.fingerprint,
         "device": device.type,
         "versions": json.dumps(versions),
@@ -135,6 +149,8 @@ def write_annotations(file: h5py.File, annotations: Annotations, provenance: dic
     for name, value in provenance.items():
         file.attrs[name] = value
     file.attrs["w2v"] = annotations.w2v_source
+    if split.semantics is not None:
+        file.attrs["semantics"] = split.semantics
 
 
 def read_provenance(file: h5py.File) -> dict:
@@ -150,19 +166,49 @@ def read_provenance(file: h5py.File) -> dict:
 
 
 def create_maps(
-    file: h5py.File, shape: tuple[int, int, int, int], compression: str | None
+    file: h5py.File,
+    shape: tuple[int, int, int, int],
+    compression: str | None,
+    dtype: str = "float32",
 ) -> h5py.Dataset:
-    """The empty dataset of maps (n, D, h, w) float32, one chunk an image."""
+    """The empty dataset of maps (n, D, h, w), one chunk an image. dtype: a key of DTYPES."""
     chunks = (1, *shape[1:])
-    return file.create_dataset(MAPS, shape, "f4", chunks=chunks, **FILTERS[compression])
+    return file.create_dataset(MAPS, shape, DTYPES[dtype], chunks=chunks, **FILTERS[compression])
 
 
-def pack_map(image_map: np.ndarray, compression: str | None):
-    """The bytes of a map (D, h, w) in its chunk: packed by gzip, or as they are.
+def dtype_of(dataset: h5py.Dataset) -> str:
+    """The type of a dataset of maps, by its name."""
+    return "bfloat16" if is_bfloat16(dataset) else dataset.dtype.name
+
+
+def as_stored(maps: np.ndarray, dtype: str) -> np.ndarray:
+    """Maps float32 rounded to a type of DTYPES; bfloat16 as its bits, in uint16.
+
+    Raises UserError for a number that is too large for float16.
+    """
+    if dtype == "float32":
+        return maps
+    if dtype == "bfloat16":  # the upper half of the bits, rounded to the nearest, ties to even
+        bits = maps.view(np.uint32)
+        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+    with np.errstate(over="ignore"):
+        stored = maps.astype(np.float16)
+    if not np.isfinite(stored).all():
+        raise UserError(
+            f"a map holds {np.abs(maps).max():g}, and float16 ends at 65504: use --dtype bfloat16 "
+            "or float32"
+        )
+    return stored
+
+
+def pack_map(image_map: np.ndarray, compression: str | None, dtype: str = "float32"):
+    """The bytes of a map (D, h, w) float32 in its chunk: packed by gzip, or as they are.
 
     The bytes are those of HDF5's own gzip filter. ISA-L makes them much faster than that filter's
     zlib, and it releases Python's lock.
     """
+    image_map = as_stored(image_map, dtype)
     if compression == "gzip":
         return isal_zlib.compress(image_map.data, GZIP_LEVEL)
     return image_map
@@ -179,8 +225,18 @@ def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
         dataset.chunks[1],
         *dataset.shape[2:],
     )
-    if in_stretches and dataset.compression != "gzip":
+    is_float32 = dataset.dtype == np.float32 and not is_bfloat16(dataset)
+    if in_stretches and dataset.compression != "gzip" and is_float32:
         for row, index in enumerate(indices):
             dataset.read_direct(maps[row], np.s_[int(index)])
-        return
-    read_chunks(dataset, (Target(maps[row : row + 1], int(i)) for row, i in enumerate(indices)))
+    elif dataset.chunks:
+        targets = (Target(maps[row : row + 1], int(i)) for row, i in enumerate(indices))
+        read_chunks(dataset, targets)
+    else:  # HDF5 itself is slow to convert numbers
+        own = np.empty(dataset.shape[1:], dataset.dtype)
+        for row, index in enumerate(indices):
+            dataset.read_direct(own, np.s_[int(index)])
+            with np.errstate(
+                over="ignore"
+            ):  # it becomes infinity, which is refused where it is used
+                maps[row] = own

@@ -24,8 +24,17 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from scegg.features.chunks import widened
 from scegg.features.disk import SourceFile, new_hdf5
-from scegg.features.feature_file import FILTERS, GZIP_SHARE, MAPS, create_maps, pack_map
+from scegg.features.feature_file import (
+    FILTERS,
+    GZIP_SHARE,
+    MAPS,
+    as_stored,
+    create_maps,
+    dtype_of,
+    pack_map,
+)
 from scegg.speed.threads import granted_cores
 from util import (
     UserError,
@@ -58,6 +67,7 @@ class MapWriter:
 
     def __init__(self, target: h5py.Dataset, compression: str | None, pool: ThreadPoolExecutor):
         self.target = target
+        self.dtype = dtype_of(target)
         self.compression = compression
         self.pool = pool
         self.row = 0
@@ -66,10 +76,11 @@ class MapWriter:
     def write(self, maps: np.ndarray):
         """Append maps (B, D, h, w) float32."""
         if self.compression == "lzf":
-            self.target[self.row : self.row + len(maps)] = maps
+            rounded = widened(as_stored(maps, self.dtype))  # HDF5's own rounding is another
+            self.target[self.row : self.row + len(maps)] = rounded
         else:
             for row, image_map in enumerate(np.ascontiguousarray(maps), start=self.row):
-                chunk = self.pool.submit(pack_map, image_map, self.compression)
+                chunk = self.pool.submit(pack_map, image_map, self.compression, self.dtype)
                 self.pending.append((row, chunk))
             self.drain(keep=2 * len(maps))
         self.row += len(maps)
@@ -87,7 +98,8 @@ class MapWriter:
 class Parts:
     """The parts of one feature file, made from `images` with `settings`.
 
-    settings: everything but the compression that changes a number or a byte of the maps.
+    settings: everything but the compression that changes a number or a byte of the maps; `dtype`
+    is missing for float32.
     The folder is named after the settings, and a part after its images (path, size, time). So a
     part that was made otherwise is never taken, and a replaced image costs its own part alone.
     """
@@ -98,6 +110,7 @@ class Parts:
         self.count = len(images)
         self.compression = compression
         self.settings = settings
+        self.dtype = settings.get("dtype", "float32")
         key = short_hash([settings, len(images), FILTERS[compression], PART])
         self.folder = self.output.with_name(f"{self.output.name}.parts-{key}")
 
@@ -210,7 +223,9 @@ class Parts:
             writer = None
             for maps in batches:
                 if writer is None:
-                    target = create_maps(file, (count, *maps.shape[1:]), self.compression)
+                    target = create_maps(
+                        file, (count, *maps.shape[1:]), self.compression, self.dtype
+                    )
                     writer = MapWriter(target, self.compression, pool)
                 writer.write(maps)
                 check()
@@ -244,7 +259,7 @@ class Parts:
         try:
             renamed.touch()
             with new_hdf5(made) as (file, _):
-                create_maps(file, (1, 1, 1, 1), self.compression)[0] = 1
+                create_maps(file, (1, 1, 1, 1), self.compression, self.dtype)[0] = 1
             make_durable(made)
             os.replace(made, renamed)
             with opened(renamed, "cannot be read again", "is its disk sound? Run again") as maps:
@@ -264,7 +279,7 @@ class Parts:
             image_bytes = sum(self.paths[start].stat().st_size for start in done) / images_done
         else:
             share = 1 if self.compression is None else GZIP_SHARE
-            image_bytes = 4 * math.prod(map_shape) * share
+            image_bytes = (4 if self.dtype == "float32" else 2) * math.prod(map_shape) * share
 
         if self.compression is None:
             require_file_size(self.output.parent, image_bytes * self.count, str(self.output))
@@ -323,7 +338,7 @@ class Parts:
             chunks = chunks_of_part(self.paths[start], len(self.rows(start)))
             for row, (shape, mask, chunk) in enumerate(chunks, start):
                 if target is None:
-                    target = create_maps(file, (self.count, *shape), self.compression)
+                    target = create_maps(file, (self.count, *shape), self.compression, self.dtype)
                 target.id.write_direct_chunk((row, 0, 0, 0), chunk, mask)
             check()
 

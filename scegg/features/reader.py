@@ -224,6 +224,7 @@ def check_features(path: Path, file: h5py.File, disk: SourceFile, wanted: dict) 
     check_shapes(path, datasets[MAPS], labels, w2v, att)
 
     split = read_split_datasets(datasets, labels, att)
+    split = dataclasses.replace(split, semantics=provenance.get("semantics"))
     check_split(split, path)
     written_with = provenance.get("split_fingerprint", split.fingerprint)
     if written_with != split.fingerprint:

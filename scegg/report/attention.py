@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
-from scegg.datasets.xlsa17 import image_tail
+from scegg.datasets.xlsa17 import image_tail, places_of_images
 from scegg.features.images import MEGAPIXELS
 from scegg.features.reader import normalize_positions
 from scegg.report.pictures import load_backbone, read_crop
@@ -56,6 +56,7 @@ def dataset_images(
         )
     indices = choose_test_images(run, count, seed)
     tails = [image_tail(features.image_files[index], anchor, features.path) for index in indices]
+    tails = places_of_images(data_root, run.dataset, tails)
 
     shown = []
     for index, tail, feature_map in zip(indices, tails, features.read(indices), strict=True):

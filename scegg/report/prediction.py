@@ -164,8 +164,8 @@ def predict(
     """Predict the pictures in these files and folders, one batch after the other.
 
     folder: where maps of attention are drawn, None for nowhere. tell(line) is told of each picture
-    that cannot be read, or has more megapixels. Raises UserError if no file is named and no folder has any, and where a
-    run of the baseline is to draw.
+    that cannot be read, or has more megapixels. Raises UserError if no file is named and no folder
+    has any, and where a run of the baseline is to draw.
     """
     if folder and isinstance(predictor.embedder, Scaler):
         raise UserError("a run of the CNN-feature baseline has no attention: leave --attention out")

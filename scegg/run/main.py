@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from scegg.config import Config, default_config, parse_flags, read_config
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import LAYOUTS, add_layout_flag, find_layout
 from scegg.datasets.xlsa17 import read_split
 from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
@@ -42,6 +42,7 @@ from util import (
 FLAGS_TO_REPEAT = {
     "dataset": "TOY",
     "data_root": Path("data"),
+    "layout": None,
     "device": None,
     "cache": "auto",
     "wandb": None,
@@ -68,6 +69,7 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
     options, overrides = parse_flags(flag_parser(dataset), argv)
     require_one_process()
     dataset = dataset or options.dataset
+    find_layout(dataset, options.data_root, options.layout)
     keep_freed_memory()
     fix_threads()
 
@@ -105,8 +107,10 @@ def flag_parser(dataset: str | None) -> FlagParser:
     """The run's own flags; every key of the config is one besides."""
     parser = FlagParser(f"Train SC-EGG on {dataset or 'a dataset'}.")
     if dataset is None:
-        names = list(LAYOUTS)
-        parser.add_argument("--dataset", choices=names, default="TOY", help="default: TOY")
+        names = ", ".join(LAYOUTS)
+        help = f"{names}, or one of your own (default: TOY)"
+        parser.add_argument("--dataset", default="TOY", help=help)
+    add_layout_flag(parser)
     add_input_flags(parser)
     add_run_flags(parser)
     return parser
@@ -174,6 +178,11 @@ def prepare(
     path, saved: folder and checkpoint of a run to continue. Raises UserError for all that is wrong.
     """
     own_config = path / "config.yaml" if path else default_config(dataset)
+    if not options.config and not own_config.is_file():
+        raise UserError(
+            f"{own_config} is missing: name a config with --config, such as "
+            "wandb_config/cub_gzsl.yaml"
+        )
     config = read_config(options.config or [own_config], overrides)
     device = pick_device(options.device)
 
@@ -244,7 +253,7 @@ def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
         fingerprint = split.fingerprint
     except UserError:  # labels of one dataset, locations of another
         fingerprint = "of other images"
-    if fingerprint != features.split.fingerprint:
+    if fingerprint != features.split.fingerprint_of_images:
         raise UserError(
             f"{features.path} was made with split {features.split.fingerprint}, but {data_root} "
             f"holds split {fingerprint}: run preprocessing.py again, or name the right --data_root"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from scegg.features.backbones import build_backbone, fold
+from scegg.features.backbones import build_backbone, fold, last_map_node
 from util import UserError
 
 
@@ -100,13 +100,20 @@ def test_resnet_map_is_what_its_pool_sees(tmp_path):
     "name, message",
     [
         ("resnet102", "neither efficientnet_lite2 nor"),
-        ("vit_b_16", "no .*map|image size"),
+        ("vit_b_16", "--img_size 100 is no multiple of 16"),
     ],
 )
 def test_unusable_backbones(name, message, tmp_path):
     torch.save({}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=message):
-        build_backbone(name, tmp_path / "w.pth", 64)
+        build_backbone(name, tmp_path / "w.pth", 100)
+
+
+def test_a_map_that_is_not_the_last_layers_is_refused():
+    """The last node of a ViT with a map embeds its patches: tokens come after it."""
+    network = models.VisionTransformer(32, 16, 1, 2, 8, 8).eval()
+    with pytest.raises(UserError, match="has no last feature map"):
+        last_map_node("a_vit", network, 32)
 
 
 def test_an_image_too_small_for_a_map_is_refused(tmp_path):

@@ -63,7 +63,7 @@ def test_a_whole_file_is_read_and_another_one_is_said(cached, whole, monkeypatch
     build_backbone("resnet18", None, 64)
     assert "is not the file" in capsys.readouterr().out
 
-    monkeypatch.setattr("scegg.features.backbones.sha256", lambda path: NAME[9:17] + "0" * 56)
+    monkeypatch.setattr("scegg.features.weights.sha256", lambda path: NAME[9:17] + "0" * 56)
     build_backbone("resnet18", None, 64)
     assert not capsys.readouterr().out
 
