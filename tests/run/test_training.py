@@ -26,7 +26,7 @@ from helpers import (
 from model import SCEN, weighted_l1
 from scegg.config import read_config
 from scegg.datasets.layouts import LAYOUTS
-from scegg.run import folder as logs
+from scegg.run import wandb_mirror as logs
 from scegg.run.summary import result_table
 from util import UserError
 

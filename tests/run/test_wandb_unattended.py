@@ -10,28 +10,26 @@ from pathlib import Path
 import pytest
 
 from helpers import ROOT
-from scegg.run.folder import UNATTENDED
+from scegg.run.wandb_mirror import UNATTENDED
 
 PROGRAM = """
 import os
 import sys
 from pathlib import Path
 import util
-from scegg.config import read_config
-from scegg.run import folder
+from scegg.run import wandb_mirror
 
 def main():
-    folder.UNATTENDED |= {"init_timeout": 2, "finish_timeout": 2}
-    config = read_config(Path("ROOT/wandb_config/toy.yaml"), {})
-    mode = folder.wandb_mode(sys.argv[1] or None)
-    run = folder.start_wandb(Path.cwd(), config, "TOY", mode, "some_run")
+    wandb_mirror.UNATTENDED |= {"init_timeout": 2, "finish_timeout": 2}
+    mode = wandb_mirror.wandb_mode(sys.argv[1] or None)
+    run = wandb_mirror.start_wandb(mode, dir=str(Path.cwd()), id="some_run", resume="allow")
     run.log({"loss": 1})
     run.finish()
     print("it ran", run.settings.mode, flush=True)
     os._exit(0)  # what W&B still does at the end takes long
 
 util.exit_on_user_error(main)
-""".replace("ROOT", str(ROOT))
+"""
 
 
 def start(folder: Path, flag: str, **environment):
