@@ -69,8 +69,10 @@ def identity_of(group: Group) -> tuple:
 
 def rows_of(group: Group) -> dict[str, str]:
     """The prefixes of a group's metrics by the rows that it has in the table."""
-    rows = {} if group.method == "SCEN alone" else SELECTIONS[group.protocol]
-    return rows | (SCEN_ALONE if group.method in ("SC-EGG", "SCEN alone") else {})
+    if group.method == "SCEN alone":
+        return SCEN_ALONE
+    is_scegg = group.method == "SC-EGG" and group.protocol == "paper"
+    return SELECTIONS[group.protocol] | (SCEN_ALONE if is_scegg else {})
 
 
 def compare_row(group: Group, twin: Group, prefix: str) -> tuple[str, bool]:
