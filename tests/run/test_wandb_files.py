@@ -147,9 +147,14 @@ def test_seeds_share_a_group_and_ablations_a_job_type(features, tmp_path, offlin
     runs = tmp_path / "runs"
     one = only_run(train(features, runs, seed=1, **small)).run
     two = only_run(train(features, runs, seed=2, **small)).run
-    other = only_run(train(features, runs, seed=2, method="no guide", lr=0.1, **small)).run
-    assert one.run_group == two.run_group != other.run_group
-    assert (one.job_type, other.job_type) == ("train", "ablation")
+    drawn = train(features, runs, seed=2, method="no guide", log_figures=True, **small)
+    other = only_run(drawn)
+    assert one.run_group == two.run_group != other.run.run_group
+    assert (one.job_type, other.run.job_type) == ("train", "ablation")
+
+    captions = {name: row[name] for row in other.history for name in row if "caption" in name}
+    assert set(captions) >= {"curves.caption", "tsne.caption", "curve.caption"}
+    assert captions["curves.caption"].startswith("CUB: learning curves")
 
 
 def test_no_step_is_logged_twice_after_a_kill(features, tmp_path, offline, capsys):
