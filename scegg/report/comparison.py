@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from scegg.config import keys_of_stage
 from scegg.report.summaries import (
+    KEYS_DEFAULTS,
     SCEN_ALONE,
     SELECTIONS,
     FinishedRun,
@@ -39,7 +40,7 @@ ABOUT_SEMANTICS = (
     f"{SEMANTICS_MARK} On CUB with sentence vectors of 1,024 numbers. With the 312 attributes the "
     "authors report CE-GZSL U 52.4, S 60.9, H 56.4 and SDGZSL H 54.9."
 )
-LATER = "Published later, with other features, semantics or selection: not comparable"
+LATER = "Published later, with other features, semantics or selection: not ranked"
 ABOUT_GCM_CF = "GCM-CF's H on AWA2 is as published; it does not follow from its U and S."
 
 
@@ -243,13 +244,13 @@ def sources_of_scen(groups: list[Group], marks: dict[MeasuredOn, str]) -> list[R
     alternatives = collections.defaultdict(dict)
     with_scen = [group for group in groups if group.method in METHODS_WITH_SCEN]
     for group in sorted(with_scen, key=lambda group: (group.protocol == "paper", len(group.runs))):
-        data, config = group.measured_on, group.runs[0].config or {}
+        data, config = group.measured_on, group.runs[0].config or KEYS_DEFAULTS
         settings = canonical([config.get(key) for key in SCEN_KEYS])
         alternatives[data.dataset, marks.get(data)][settings] = group.runs  # a later one is better
 
     sources = []
     for by_settings in alternatives.values():
-        configs = [runs[0].config or {} for runs in by_settings.values()]
+        configs = [runs[0].config or KEYS_DEFAULTS for runs in by_settings.values()]
         for runs, config in zip(by_settings.values(), configs, strict=True):
             differs = differences(config, configs, SCEN_KEYS)
             for method, prefix in SCEN_ALONE.items():

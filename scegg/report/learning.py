@@ -180,11 +180,11 @@ def panels_of(runs: list[LoggedRun]) -> list[Panel]:
 
 
 def line_of(runs: list[LoggedRun], stage: str, x: str, name: str) -> Line | None:
-    """A value where all runs have it; None where they have not, or where it is always 0."""
+    """A value where all runs have it; None where they have not, or for a loss that is always 0."""
     series = [run.series(stage, x, name) for run in runs]
     shared = sorted(set.intersection(*map(set, series)))
     values = np.array([[of_run[point] for point in shared] for of_run in series], dtype=float)
-    if not values.any():
+    if not shared or ("loss_" in name and not values.any()):
         return None
 
     deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(len(shared))

@@ -156,7 +156,7 @@ def test_later_methods_stand_in_a_block_of_their_own_and_are_never_ranked(tmp_pa
     ]
     assert not any("**" in line or "<u>" in line for line in later)
     assert "§2 ResNet-101, 224 px, not fine-tuned, attributes" in out
-    places = [out.index(text) for text in ("SC-EGG 2022", "not comparable", "SC-EGG, best on test")]
+    places = [out.index(text) for text in ("SC-EGG 2022", "not ranked", "SC-EGG, best on test")]
     assert places == sorted(places)
 
     # the paper's rows with other semantics on CUB, and only there

@@ -39,6 +39,7 @@ def train(features, runs, *more, **changes):
     before = set(runs.glob("*"))
     argv = small_run_arguments(features, runs, "--wandb", "offline", *more, **changes)
     run_training("CUB", "sun_gzsl.yaml", argv)
+    wandb.teardown()  # its process writes the file to its end
     (folder,) = set(runs.glob("*")) - before
     return folder
 
@@ -165,10 +166,12 @@ def test_no_step_is_logged_twice_after_a_kill(features, tmp_path, offline, capsy
     kill_when_logged(start_process(argv), runs, '"distill"')
     (folder,) = runs.iterdir()
     cut_off = len(read_metrics(folder))
+    wait_for_steps(folder, cut_off)
 
     offline.setenv("WANDB_SILENT", "false")
     argv = ["--runs", str(runs), "--device", "cpu", "--wandb", "offline", "--resume"]
     train_joint.main(argv, dataset="CUB")
+    wandb.teardown()
     first, second = offline_runs(folder)
     assert first.run.run_id == second.run.run_id == folder.name
     assert second.steps[0] == cut_off + 1
@@ -185,4 +188,10 @@ def kill_when_logged(process, runs, text):
         time.sleep(0.02)
     process.kill()
     process.join()
-    time.sleep(1)  # W&B's own process notices
+
+
+def wait_for_steps(folder, count):
+    """W&B's own process outlives a killed run for a moment, and writes what it has been told."""
+    deadline = time.time() + 30
+    while len(only_run(folder).steps) < count and time.time() < deadline:
+        time.sleep(0.1)
