@@ -11,8 +11,16 @@ import pytest
 import wandb
 
 import train_joint
-from helpers import read_metrics, read_summary, run_training, small_run_arguments
+from helpers import (
+    SUN_CONFIG,
+    read_metrics,
+    read_summary,
+    run_training,
+    small_run_arguments,
+)
 from resuming import start_process
+from scegg.config import read_config
+from scegg.run import wandb_mirror
 from wandb_reader import offline_runs
 
 ACCURACIES = ("acc_zs", "acc_seen", "acc_unseen", "H")
@@ -177,6 +185,43 @@ def test_no_step_is_logged_twice_after_a_kill(features, tmp_path, offline, capsy
     assert second.steps[0] == cut_off + 1
     assert first.steps + second.steps == list(range(1, len(read_metrics(folder)) + 1))
     assert "step" not in capsys.readouterr().err.replace("val_", "")
+
+
+class Server:
+    """A run in W&B that its server says it has the steps below `starting_step` of."""
+
+    resumed, starting_step = True, 4
+
+    def __init__(self):
+        self.logged = []
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, values, step):
+        self.logged.append((step, values["scen/iteration"]))
+
+
+def test_online_the_server_says_which_steps_it_has(tmp_path, monkeypatch):
+    """Whatever it lacks is sent again, be it kept or cut off; what it has is not."""
+    server = Server()
+    monkeypatch.setattr(wandb_mirror, "start_wandb", lambda mode, **settings: server)
+    facts = {"dataset": "CUB", "provenance": {}}
+    config = read_config(SUN_CONFIG, {})
+    mirror = wandb_mirror.Mirror(tmp_path, config, facts, "online", "an_id")
+
+    mirror.start([{"stage": "scen", "iteration": 10 * step} for step in range(1, 6)], logged=7)
+    mirror.log(6, "scen", {"iteration": 60})
+    assert server.logged == [(4, 40), (5, 50), (6, 60)]
+
+
+def test_in_a_sweep_project_and_id_are_the_sweeps(tmp_path, monkeypatch):
+    """W&B warns where a run names them."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    facts = {"dataset": "CUB", "provenance": {}}
+    config = read_config(SUN_CONFIG, {})
+    settings = wandb_mirror.Mirror(tmp_path, config, facts, "online", "an_id").settings
+    assert settings["project"] is None and settings["id"] is None
 
 
 def kill_when_logged(process, runs, text):
