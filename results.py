@@ -3,6 +3,7 @@
     python results.py                                  every finished run below runs/, as text
     python results.py docs/records --format markdown   from the committed records
     python results.py --format latex --output table.tex --figure figs/results.png
+    python results.py runs/X --against docs/records    row by row: do the runs reproduce these?
 
 A group of runs has a row for each way in which its epochs were picked. *Best on test* is how the
 paper picks them. *Last epoch* and *validated* never look at the test set.
@@ -14,6 +15,7 @@ from pathlib import Path
 from scegg.datasets.layouts import LAYOUTS, add_own_layouts
 from scegg.report.comparison import build_table, group_runs, record
 from scegg.report.formats import FORMATS
+from scegg.report.reproduction import compare
 from scegg.report.summaries import FinishedRun, gather, newest_of_each_seed, warn
 from util import FlagParser, UserError, exit_on_user_error, write_text
 
@@ -26,6 +28,9 @@ def main(argv=None):
     groups = group_runs(runs)
     table = build_table(groups, columns_of(runs, options.dataset))
     text = FORMATS[options.format](table)
+    if options.against:
+        records = group_runs(read_runs(options.against, list(LAYOUTS)))
+        text += "\n" + compare(groups, records, options.against)
 
     if options.figure:
         from scegg.report.table_picture import save_picture  # matplotlib takes its time to load
@@ -58,6 +63,14 @@ def parse_arguments(argv=None):
         help="columns (default: the paper's three, and TOY if it was run)",
     )
     parser.add_argument("--format", choices=list(FORMATS), default="text")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=None,
+        metavar="RECORDS",
+        help="under the table: whether each row's means agree with these records",
+    )
 
     for flag, help in (
         ("--output", "write the table there instead of printing it"),

@@ -1,11 +1,12 @@
-"""Figures of finished runs: t-SNE of the visual spaces, attention maps, the seen-unseen curve.
+"""Figures of runs: t-SNE of the visual spaces, attention maps, seen-unseen and learning curves.
 
     python visualize.py tsne --run runs/X --cnn_run runs/Y      Y: a run with visual_features: cnn
     python visualize.py attention --run runs/X --count 4        test images of the run's dataset
     python visualize.py attention --run runs/X --images a.jpg   any images
-    python visualize.py curve --run runs/X
+    python visualize.py curve --run runs/X                      the seen-unseen curve
+    python visualize.py curves --run runs/X runs/Y              learning curves; X, Y: seeds
 
-Each command writes a PDF and a PNG into the run's folder.
+Each command writes a PDF and a PNG into the run's folder; curves of several runs lie beside it.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from scegg.datasets.layouts import add_own_layouts
 from scegg.features.images import MEGAPIXELS
 from scegg.report.attention import attention_figure, dataset_images, read_images
 from scegg.report.curves import curve_figure, read_curve
+from scegg.report.learning import learning_figure, read_logs
 from scegg.report.style import save
 from scegg.report.tsne import tsne_figure
 from scegg.run.trained import load_run
@@ -25,11 +27,21 @@ from util import FlagParser, UserError, exit_on_user_error
 def main(argv=None):
     """Draw the figure and write its files."""
     options = parse_arguments(argv)
-    save(draw(options), options.output or options.run / options.command)
+    save(draw(options), options.output or default_output(options))
+
+
+def default_output(options) -> Path:
+    """Where a figure goes: into the run's folder, that of several runs beside the first."""
+    if options.command != "curves":
+        return options.run / options.command
+    folder = options.run[0] if len(options.run) == 1 else options.run[0].resolve().parent
+    return folder / "curves"
 
 
 def draw(options) -> Figure:
     """The figure that the command line asks for."""
+    if options.command == "curves":
+        return learning_figure(read_logs(options.run))
     if options.command == "curve":
         curve = read_curve(options.run / "seen_unseen_curve.csv")
         return curve_figure(curve, options.run.resolve().name)
@@ -57,13 +69,15 @@ def parse_arguments(argv=None):
     add_tsne(commands)
     add_attention(commands)
     add_curve(commands)
+    add_curves(commands)
     options = parser.parse_args(argv)
 
     for name, least in (("seed", 0), ("count", 1), ("max_megapixels", 1)):
         value = getattr(options, name, least)
         if not least <= value < 2**32:
             raise UserError(f"--{name} {value}: must be from {least} to {2**32 - 1}")
-    for folder in (options.run, getattr(options, "cnn_run", None)):
+    runs = options.run if isinstance(options.run, list) else [options.run]
+    for folder in (*runs, getattr(options, "cnn_run", None)):
         if folder is not None and not folder.is_dir():
             raise UserError(f"{folder}: there is no such run")
     return options
@@ -76,10 +90,12 @@ def command_parser(prog: str, description: str) -> FlagParser:
     return parser
 
 
-def add_command(commands, name: str, help: str) -> FlagParser:
+def add_command(
+    commands, name: str, help: str, runs: str = "the run's folder", **several
+) -> FlagParser:
     """A command with the flags that all have."""
     command = commands.add_parser(name, help=help, description=help)
-    command.add_argument("--run", type=Path, required=True, help="the run's folder")
+    command.add_argument("--run", type=Path, required=True, help=runs, **several)
     command.add_argument(
         "--output",
         type=Path,
@@ -154,6 +170,13 @@ def add_attention(commands):
 def add_curve(commands):
     """visualize.py curve."""
     add_command(commands, "curve", "accuracy on seen over accuracy on unseen classes")
+
+
+def add_curves(commands):
+    """visualize.py curves."""
+    text = "learning curves: losses, the critic's terms, accuracies with the picked epoch"
+    runs = "the run's folder, or those of several seeds of one config: mean and band"
+    add_command(commands, "curves", text, runs, nargs="+")
 
 
 if __name__ == "__main__":

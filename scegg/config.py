@@ -142,14 +142,15 @@ class Config:
 
     # logging and checkpoints
     log_freq_iteration: int = positive("iterations of a logged mean, stages 1 and 2", default=100)
-    log_figures: bool = key("draw t-SNE, attention and curve at the run's end", default=False)
+    log_figures: bool = key("draw the figures at the run's end", default=False)
+    log_model: bool = key("give W&B the model and a reference to its features", default=False)
     checkpoint_every: int = positive("iterations from one checkpoint to the next", default=2000)
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 # what a run's config in W&B has beside the hyperparameters: W&B's own entries, and ours
 WANDB_BOOKKEEPING = {"_wandb", "wandb_version"}
-RUN_FACTS = ("dataset",)
+RUN_FACTS = ("dataset", "provenance")
 
 
 def keys_of_stage(*stages: int) -> tuple[str, ...]:
@@ -387,6 +388,7 @@ def parse_flags(
         )
 
     options, rest = parser.parse_known_args(argv)
+    rest = [word for word in rest if not is_bookkeeping(word)]
     if rest and rest[0].startswith("--"):
         raise unknown_key(rest[0][2:].split("=")[0], "flags", own)
     if rest:
@@ -394,3 +396,13 @@ def parse_flags(
 
     overrides = {name: vars(options).pop(name) for name in FIELDS if name in options}
     return options, overrides
+
+
+def is_bookkeeping(word: str) -> bool:
+    """Whether a flag is `--_wandb=...` or the like.
+
+    A sweep's agent gives the whole config that W&B holds of a preempted run as flags.
+    """
+    name, equals, _ = word.removeprefix("--").partition("=")
+    hidden = name.startswith("_") or name in WANDB_BOOKKEEPING or name in RUN_FACTS
+    return word.startswith("--") and bool(equals) and hidden

@@ -113,7 +113,7 @@ def devices() -> list[str]:
 
 def wandb_state() -> str:
     """One line on whether W&B would log online, from the environment and ~/.netrc alone."""
-    from scegg.run.folder import MODES
+    from scegg.run.wandb_mirror import MODES
 
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     host = server.split("//")[-1].split("/")[0]

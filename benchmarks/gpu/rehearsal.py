@@ -19,6 +19,7 @@ from scegg.method.embeddings import Embedding
 from scegg.run.checkpoint import PAUSE, SLOW
 from scegg.run.folder import RunFolder
 from scegg.run.pipeline import SPLITS
+from scegg.run.wandb_mirror import Mirror
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.onednn import fast_matmul
 from util import pick_device, seed_everything
@@ -140,7 +141,9 @@ class Rehearsal:
         self.runs += 1
         path = self.job.folder / f"run-{self.runs}"
         path.mkdir()
-        folder = RunFolder(path, self.config, self.dataset, "disabled", path.name)
+        facts = {"dataset": self.dataset, "provenance": {}}
+        mirror = Mirror(path, self.config, facts, "disabled", path.name)
+        folder = RunFolder(path, self.config, mirror)
         try:
             with fast_matmul(self.device):
                 yield TimedCheckpoint(folder, self.device, self.job.until - MARGIN)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from scegg.config import keys_of_stage
 from scegg.report.summaries import (
+    KEYS_DEFAULTS,
     SCEN_ALONE,
     SELECTIONS,
     FinishedRun,
@@ -26,6 +27,7 @@ from scegg.report.table import METRICS, Block, Cell, Column, Row, Table
 from scegg.run.summary import PUBLISHED
 from util import write_text
 
+PUBLISHED_LATER = PUBLISHED.with_name("published_since_2022.csv")
 METHODS_WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose SCEN is the paper's
 SCEN_KEYS = keys_of_stage(1, 2)
 ABOUT_RUNS = (
@@ -33,6 +35,12 @@ ABOUT_RUNS = (
     "Best on test: epochs picked on the test set, as in the paper; last epoch, "
     "validated (epochs picked on held-out classes) and SCEN alone: nothing picked on the test set."
 )
+SEMANTICS_MARK = "‡"
+ABOUT_SEMANTICS = (
+    f"{SEMANTICS_MARK} On CUB with sentence vectors of 1,024 numbers. With the 312 attributes the "
+    "authors report CE-GZSL U 52.4, S 60.9, H 56.4 and SDGZSL H 54.9."
+)
+LATER = "Published later, with other features, semantics or selection: not ranked"
 ABOUT_GCM_CF = "GCM-CF's H on AWA2 is as published; it does not follow from its U and S."
 
 
@@ -160,9 +168,36 @@ def published_rows(datasets: list[str]) -> dict[str, list[Row]]:
     with open(PUBLISHED, encoding="utf-8", newline="") as file:
         for line in csv.DictReader(file):
             row = Row(line["method"], line["year"], cells=published_cells(line, datasets))
+            # "CUB: sentence vectors": other semantics on that dataset
+            if line["semantics"].partition(":")[0] in datasets:
+                row.mark = SEMANTICS_MARK
             if row.cells:
                 families[line["family"]].append(row)
     return families
+
+
+def later_rows(datasets: list[str]) -> tuple[list[Row], dict[str, str]]:
+    """Later methods with a number on one of `datasets`, never ranked, and what their marks mean.
+
+    They stand in figs/published_since_2022.csv; rows measured alike share a mark.
+    """
+    rows, marks = [], {}
+    with open(PUBLISHED_LATER, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            cells = published_cells(line, datasets)
+            if cells:
+                mark = marks.setdefault(conditions_of(line), f"§{len(marks) + 1}")
+                rows.append(Row(line["method"], line["year"], mark, ranked=False, cells=cells))
+    return rows, {mark: f"{mark} {conditions}" for conditions, mark in marks.items()}
+
+
+def conditions_of(line: dict[str, str]) -> str:
+    """How a published method was measured, in words, as far as it is known."""
+    fine_tuned = {"yes": "fine-tuned", "no": "not fine-tuned"}.get(line["fine_tuned"])
+    selected = f"picked on the {line['selected_on']} set" if line["selected_on"] else None
+    size = f"{line['image_px']} px" if line["image_px"] else None
+    known = (line["backbone"], size, fine_tuned, line["semantics"], selected)
+    return ", ".join(filter(None, known))
 
 
 def published_cells(line: dict[str, str], datasets: list[str]) -> dict[Column, Cell]:
@@ -194,7 +229,7 @@ def our_rows(groups: list[Group], marks: dict[MeasuredOn, str]) -> list[Row]:
             continue
 
         mark = marks.get(data, "")
-        row = rows.setdefault((mark, method), Row(method, mark=mark))
+        row = rows.setdefault((mark, method), Row(method, mark=mark, ranked=not mark))
         row.cells.update(cells)
         row.runs[data.dataset] = len(runs)
     return sorted(rows.values(), key=lambda row: (len(row.mark), row.mark))
@@ -209,13 +244,13 @@ def sources_of_scen(groups: list[Group], marks: dict[MeasuredOn, str]) -> list[R
     alternatives = collections.defaultdict(dict)
     with_scen = [group for group in groups if group.method in METHODS_WITH_SCEN]
     for group in sorted(with_scen, key=lambda group: (group.protocol == "paper", len(group.runs))):
-        data, config = group.measured_on, group.runs[0].config or {}
+        data, config = group.measured_on, group.runs[0].config or KEYS_DEFAULTS
         settings = canonical([config.get(key) for key in SCEN_KEYS])
         alternatives[data.dataset, marks.get(data)][settings] = group.runs  # a later one is better
 
     sources = []
     for by_settings in alternatives.values():
-        configs = [runs[0].config or {} for runs in by_settings.values()]
+        configs = [runs[0].config or KEYS_DEFAULTS for runs in by_settings.values()]
         for runs, config in zip(by_settings.values(), configs, strict=True):
             differs = differences(config, configs, SCEN_KEYS)
             for method, prefix in SCEN_ALONE.items():
@@ -257,7 +292,7 @@ def mean_and_deviation(values: list[float | None]) -> Cell | None:
 
 
 def build_table(groups: list[Group], datasets: list[str]) -> Table:
-    """The whole table: the published methods, then our groups.
+    """The whole table: the published methods, later ones, then our groups.
 
     Groups on anything but the published benchmarks are marked and stand in a block of their own.
     """
@@ -270,17 +305,22 @@ def build_table(groups: list[Group], datasets: list[str]) -> Table:
     blocks = []
     for family, published in published_rows(datasets).items():
         blocks.append(Block(f"{family.capitalize()} methods, published", published))
+    later, conditions = later_rows(datasets)
+    blocks.append(Block(LATER, later))
     blocks.append(Block("This code", unmarked))
     blocks.append(Block("This code, measured on other data: not comparable", marked))
 
     notes = [ABOUT_RUNS.format(datasets="/".join(datasets))]
     if "AWA2" in datasets:
         notes.append(ABOUT_GCM_CF)
-    meanings = {mark: f"{mark} {in_words(data)}" for data, mark in marks.items()}
+    meanings = {SEMANTICS_MARK: ABOUT_SEMANTICS} if "CUB" in datasets else {}
+    meanings |= conditions
+    meanings |= {mark: f"{mark} {in_words(data)}" for data, mark in marks.items()}
     return Table(datasets, [block for block in blocks if block.rows], notes, meanings)
 
 
 def in_words(data: MeasuredOn) -> str:
     """What marked rows were measured on, in words."""
     full = "the full published one" if data.full_published_split else "not the full published one"
-    return f"{data.dataset}, split {data.split} ({full}), features of {data.backbone}"
+    words = ", Gaussian word vectors" if data.gaussian_words else ""
+    return f"{data.dataset}, split {data.split} ({full}), features of {data.backbone}{words}"

@@ -25,15 +25,16 @@ def draw_run_figures(
     config: Config,
     features: Features,
     data_root: Path,
-    log_picture: Callable[[str, Path], None],
+    log_picture: Callable[[str, Path, str], None],
 ):
-    """Draw a finished run's t-SNE, attention maps and seen-unseen curve into its folder.
+    """Draw a finished run's t-SNE, attention maps and curves into its folder.
 
-    features: those of the run. log_picture(name, path) is told of every PNG. A figure that cannot
-    be drawn is said in one line: the run is finished, a picture is not worth a traceback.
+    features: those of the run. log_picture(name, path, caption) is told of every PNG. A figure that
+    cannot be drawn is said in one line: the run is finished, a picture is not worth a traceback.
     """
     from scegg.report.attention import attention_figure, dataset_images
     from scegg.report.curves import curve_figure, read_curve
+    from scegg.report.learning import learning_figure, read_logs
     from scegg.report.style import save
     from scegg.report.tsne import tsne_figure
 
@@ -49,11 +50,19 @@ def draw_run_figures(
     def draw_curve():
         return curve_figure(read_curve(folder / "seen_unseen_curve.csv"), folder.name)
 
-    drawings = {"tsne": draw_tsne, "attention": draw_attention, "curve": draw_curve}
-    for name, draw in drawings.items():
+    def draw_curves():
+        return learning_figure(read_logs([folder]))
+
+    drawings = {
+        "curves": (draw_curves, "learning curves; a star is a picked epoch"),
+        "tsne": (draw_tsne, "t-SNE of real and synthetic features in both visual spaces"),
+        "attention": (draw_attention, "attention: the image, GEN's map, LEN's best attributes"),
+        "curve": (draw_curve, "accuracy on seen over accuracy on unseen classes, by seen_bias"),
+    }
+    for name, (draw, caption) in drawings.items():
         try:
             save(draw(), folder / name)
-            log_picture(name, folder / f"{name}.png")
+            log_picture(name, folder / f"{name}.png", f"{dataset}: {caption}")
         except Exception as error:
             print(f"no {name} picture: {UserError(error)}")
 

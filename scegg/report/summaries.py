@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from scegg.config import FIELDS
 from scegg.datasets.layouts import LAYOUTS
 from scegg.report.table import METRICS
 from util import UserError, text_encoding
@@ -35,10 +36,17 @@ CHECKED = [
     "method",
     "backbone",
     "split_fingerprint",
+    "w2v",
     *ACCURACIES,
 ]
 # what the summaries of older versions lack
-DEFAULTS = {"method": "SC-EGG", "protocol": "paper", "config": None}
+DEFAULTS = {"method": "SC-EGG", "protocol": "paper", "config": None, "w2v": None}
+# of keys that a run's version had not yet
+KEYS_DEFAULTS = {
+    name: field.default
+    for name, field in FIELDS.items()
+    if field.default is not dataclasses.MISSING
+}
 
 
 class MeasuredOn(NamedTuple):
@@ -48,11 +56,13 @@ class MeasuredOn(NamedTuple):
     split: str
     backbone: str
     full_published_split: bool
+    gaussian_words: bool  # of the attributes, in the place of word2vec's vectors
 
     @property
     def is_benchmark(self) -> bool:
-        """Whether the published methods were measured on it: the full split and ResNet-101."""
-        return self.full_published_split and self.backbone == "resnet101"
+        """Whether published methods were measured so: full split, ResNet-101, vectors of words."""
+        on_resnet = self.backbone == "resnet101"
+        return self.full_published_split and on_resnet and not self.gaussian_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +80,8 @@ class FinishedRun:
     def measured_on(self) -> MeasuredOn:
         """Its dataset, split and backbone."""
         names = ("dataset", "split_fingerprint", "backbone", "full_published_split")
-        return MeasuredOn(*(self.summary[name] for name in names))
+        data = (self.summary[name] for name in names)
+        return MeasuredOn(*data, self.summary["w2v"] == "gaussian")
 
     @property
     def kind(self) -> tuple[MeasuredOn, str, str]:
@@ -83,6 +94,7 @@ class FinishedRun:
         config = self.summary["config"]
         if config is None:
             return None
+        config = KEYS_DEFAULTS | config
         return {name: value for name, value in config.items() if name != "seed"}
 
     @property
@@ -179,6 +191,8 @@ def is_possible(name: str, value) -> bool:
             return type(value) is bool
         case "config":
             return value is None or isinstance(value, dict)
+        case "w2v":
+            return value is None or isinstance(value, str)
     return isinstance(value, str) and value.isprintable() and value.strip() != ""
 
 

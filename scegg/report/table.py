@@ -26,13 +26,14 @@ class Column(NamedTuple):
 class Row:
     """The numbers of a method: its cells by column, and how many runs it has by dataset.
 
-    mark: the footnote of a row that was measured on other data than the published benchmarks.
-    Only rows without a mark are ranked.
+    mark: of a footnote. ranked: whether it was measured as the published methods were, and so can
+    be the best of a column.
     """
 
     method: str
     year: str = ""
     mark: str = ""
+    ranked: bool = True
     runs: dict[str, int] = dataclasses.field(default_factory=dict)
     cells: dict[Column, Cell] = dataclasses.field(default_factory=dict)
 
@@ -75,11 +76,11 @@ class Table:
 
         Numbers are compared as they are printed, so that equal ones share a rank.
         """
-        if row.mark or column not in row.cells:
+        if not row.ranked or column not in row.cells:
             return None
 
         rows = [other for block in self.blocks for other in block.rows]
-        ranked = [other for other in rows if not other.mark and column in other.cells]
+        ranked = [other for other in rows if other.ranked and column in other.cells]
         values = {other.printed(column) for other in ranked}
         best_two = sorted(values, reverse=True)[:2]
 

@@ -1,7 +1,10 @@
 """What a run's numbers depend on beside its config: feature file, code, torch, device."""
 
+import contextlib
 import hashlib
+import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,31 @@ def identity_of_data(features: Features) -> dict:
 def identity_of_code(device: torch.device) -> dict:
     """The code, torch, and the kind of device."""
     return {"code": code_version(), "torch": str(torch.__version__), "device": device.type}
+
+
+def provenance(features: Features, device: torch.device) -> dict:
+    """Where a run's numbers come from, as W&B's config has it from the run's start."""
+    is_gpu = device.type == "cuda"
+    versions = {name: version(name) for name in ("numpy", "h5py", "torchvision", "wandb")}
+    return {
+        **identity_of_data(features),
+        **identity_of_code(device),
+        "device_name": torch.cuda.get_device_name(device) if is_gpu else processor(),
+        "git_commit": git_commit(),
+        "feature_file": str(features.path.resolve()),
+        "features_made_with": features.provenance,
+        "weights_sha256": features.provenance.get("weights_sha256"),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system says it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def code_version() -> str:

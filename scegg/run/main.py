@@ -1,5 +1,6 @@
 """One run, from its flags to its summary: SCEN, scaler, distillation, EGGN with its evaluation."""
 
+import argparse
 import contextlib
 import dataclasses
 import os
@@ -19,11 +20,12 @@ from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
 from scegg.features.storage import Storage, choose_storage
 from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
-from scegg.run.folder import RunFolder, folder_to_resume, new_folder, wandb_mode
-from scegg.run.identity import identity_of_code, identity_of_data
+from scegg.run.folder import RunFolder, folder_to_resume, new_folder
+from scegg.run.identity import identity_of_code, identity_of_data, provenance
 from scegg.run.pipeline import Pipeline, run_validation
 from scegg.run.reuse import find_scen
 from scegg.run.summary import result_rows, result_table, save_curve, summarise
+from scegg.run.wandb_mirror import PROJECT, Mirror, wandb_mode
 from scegg.run.winners import description
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.onednn import fast_matmul
@@ -46,6 +48,9 @@ FLAGS_TO_REPEAT = {
     "device": None,
     "cache": "auto",
     "wandb": None,
+    "wandb_project": None,
+    "wandb_name": None,
+    "wandb_group": None,
 }
 
 
@@ -88,8 +93,8 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
         remove_partials(path)
         print(f"run {path} on {job.device}" + (", resumed" if saved else ""))
 
-        mode = wandb_mode(options.wandb)
-        folder = RunFolder(path, job.config, dataset, mode, notes["wandb_id"], notes["logged"])
+        mirror = mirror_of(job, path, notes["wandb_id"], options)
+        folder = RunFolder(path, job.config, mirror, notes["logged"])
         checkpoint = Checkpoint(folder, identity, saved)
         checkpoint.notes |= notes
 
@@ -98,7 +103,9 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
                 table, summary = train(job, folder, checkpoint)
             folder.finish(summary)
             if job.config.log_figures and draw:
-                draw(path, dataset, job.config, job.features, options.data_root, folder.log_picture)
+                draw(path, dataset, job.config, job.features, options.data_root, mirror.log_picture)
+            if job.config.log_model:
+                mirror.log_artifacts(path, job.features.path, summary)
 
     print(f"saved {path}: config.yaml, metrics.jsonl, summary.json, model.pt\n\n{table}")
 
@@ -110,6 +117,9 @@ def flag_parser(dataset: str | None) -> FlagParser:
         names = ", ".join(LAYOUTS)
         help = f"{names}, or one of your own (default: TOY)"
         parser.add_argument("--dataset", default="TOY", help=help)
+    else:  # a sweep's agent gives a preempted run its whole config again
+        hidden = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument("--dataset", choices=[dataset], **hidden)
     add_layout_flag(parser)
     add_input_flags(parser)
     add_run_flags(parser)
@@ -165,6 +175,12 @@ def add_run_flags(parser: FlagParser):
         choices=("online", "offline", "disabled"),
         help="default: WANDB_MODE, else online if logged in and offline if not",
     )
+    for name, default in (
+        ("project", f"WANDB_PROJECT, else {PROJECT}"),
+        ("name", "WANDB_NAME, else that of the run's folder"),
+        ("group", "WANDB_RUN_GROUP, else one for all seeds of a config"),
+    ):
+        flag(f"--wandb_{name}", help=f"the run's {name} in W&B (default: {default})")
 
 
 # ---- before the run
@@ -258,6 +274,13 @@ def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
             f"{features.path} was made with split {features.split.fingerprint}, but {data_root} "
             f"holds split {fingerprint}: run preprocessing.py again, or name the right --data_root"
         )
+
+
+def mirror_of(job: Job, path: Path, wandb_id: str, options) -> Mirror:
+    """The run in W&B."""
+    facts = {"dataset": job.dataset, "provenance": provenance(job.features, job.device)}
+    names = {name: getattr(options, f"wandb_{name}") for name in ("project", "name", "group")}
+    return Mirror(path, job.config, facts, wandb_mode(options.wandb), wandb_id, **names)
 
 
 # ---- the run

@@ -37,6 +37,7 @@ def summarise(
         "seed": config.seed,
         **identity_of_data(features),
         "full_published_split": features.split.is_published(dataset),
+        "w2v": features.provenance.get("w2v"),
         "git_commit": git_commit(),
         **identity_of_code(device),
         "seconds": seconds_of_stages(notes["seconds"]),

@@ -214,6 +214,7 @@ OURS = [
     "seen_bias",
     "log_freq_iteration",
     "log_figures",
+    "log_model",
     "checkpoint_every",
 ]
 

@@ -118,7 +118,7 @@ def test_only_rows_on_the_published_benchmark_are_ranked(tmp_path, capsys):
     assert "†1 CUB, split 62d41356ed4d (the full published one), features of vgg16" in out
 
     # RGEN's 76.1 is third now
-    assert "**77.5**" in lines["CE-GZSL 2021"]
+    assert "**77.5**" in lines["CE-GZSL 2021 ‡"]
     assert "<u>77.0</u>" in lines["ours, best on test"]
     # equal as printed: both are best
     assert "**68.5**" in lines["ours, best on test"] and "**68.5**" in lines["SC-EGG 2022"]
@@ -127,6 +127,91 @@ def test_only_rows_on_the_published_benchmark_are_ranked(tmp_path, capsys):
     rows, _ = table_rows(capsys, tmp_path)
     assert rows["small, last epoch", "CUB"]["measured_on"].startswith("†2")
     assert rows["ours, last epoch", "CUB"]["measured_on"] == ""
+
+
+def test_a_full_run_on_gaussian_word_vectors_is_marked_and_not_ranked(tmp_path, capsys):
+    best = dict.fromkeys(accuracies(0, ("local_", "global_", "best_", "last_")), 99.0)
+    write_run(tmp_path, "words", w2v="CUB_attribute.pkl")
+    write_run(tmp_path, "gaussian", method="gaussian", w2v="gaussian", **best)
+
+    out, _ = printed_table(capsys, tmp_path, "--dataset", "CUB", format="markdown")
+    assert "gaussian, best on test †1" in out and "**99.0**" not in out
+    assert "†1 CUB, split 62d41356ed4d (the full published one)" in out
+    assert "features of resnet101, Gaussian word vectors" in out
+    assert "| SC-EGG, best on test |" in out
+
+
+def test_later_methods_stand_in_a_block_of_their_own_and_are_never_ranked(tmp_path, capsys):
+    write_run(tmp_path)
+    out, _ = printed_table(capsys, tmp_path, format="markdown")
+    later = [line for line in out.splitlines() if "§" in line and line.startswith("|")]
+    names = [line.split(" |")[0].strip("| ") for line in later]
+    assert names == [
+        "TransZero 2022 §1",
+        "ViFR 2022 §1",
+        "ViFR 2022 §2",
+        "ZSLViT 2024 §3",
+        "ZeroDiff 2025 §4",
+        "GenZSL 2025 §5",
+    ]
+    assert not any("**" in line or "<u>" in line for line in later)
+    assert "§2 ResNet-101, 224 px, not fine-tuned, attributes" in out
+    places = [out.index(text) for text in ("SC-EGG 2022", "not ranked", "SC-EGG, best on test")]
+    assert places == sorted(places)
+
+    # the paper's rows with other semantics on CUB, and only there
+    assert "| CE-GZSL 2021 ‡ |" in out and "| SDGZSL 2021 ‡ |" in out
+    assert "CE-GZSL U 52.4, S 60.9, H 56.4 and SDGZSL H 54.9" in out
+    rows, _ = table_rows(capsys, tmp_path)
+    assert rows["CE-GZSL", "CUB"]["measured_on"].startswith("‡")
+
+
+def test_keys_that_older_runs_lack_have_their_defaults(tmp_path, capsys):
+    write_run(tmp_path, "older")
+    newer = {"seed": 2, "syn_num": 300, "lr": 1e-4, "log_model": False, "protocol": "paper"}
+    write_run(tmp_path, "newer", seed=2, config=newer)
+    rows, _ = table_rows(capsys, tmp_path)
+    assert rows["SC-EGG, best on test", "CUB"]["runs"] == "2"
+
+
+# ---- against records
+
+
+def verdicts(capsys, runs, records):
+    """What results.py says of runs beside records, by row."""
+    out, _ = printed_table(capsys, runs, "--against", str(records), format="text")
+    lines = out.partition("Means of these runs")[2].splitlines()[1:]
+    return dict(line.split(": ", 1) for line in lines if ": " in line), lines[-1]
+
+
+def test_means_are_compared_with_the_records_row_by_row(tmp_path, capsys):
+    for seed, start in enumerate((20.0, 21.0, 22.0)):
+        write_run(tmp_path / "records", f"r{seed}", start, seed=seed)
+        write_run(tmp_path / "near", f"n{seed}", start + 1.5, seed=seed + 5)
+        write_run(tmp_path / "far", f"f{seed}", start + 1.8, seed=seed + 5)
+    # two standard errors of the difference: 2 sqrt(1 (1/3 + 1/3)) = 1.633
+    near, last = verdicts(capsys, tmp_path / "near", tmp_path / "records")
+    assert near["SC-EGG, CUB, best on test"] == (
+        "acc 34.5 (33.0)  U 35.5 (34.0)  S 36.5 (35.0)  H 37.5 (36.0), 3 (3) runs: "
+        "within two standard errors"
+    )
+    assert last == "4 of 4 rows within two standard errors"
+
+    far, last = verdicts(capsys, tmp_path / "far", tmp_path / "records")
+    assert "acc, U, S, H NOT within two standard errors" in far["SC-EGG, CUB, last epoch"]
+    assert last == "0 of 4 rows within two standard errors"
+
+
+def test_other_configs_are_no_record_and_silent_keys_are(tmp_path, capsys):
+    write_run(tmp_path / "records", "r")
+    silent = {"seed": 1, "syn_num": 300, "lr": 1e-4, "log_figures": True, "log_model": True}
+    write_run(tmp_path / "silent", "s", config=silent)
+    write_run(tmp_path / "other", "o", config={"seed": 1, "syn_num": 300, "lr": 1e-3})
+
+    said, last = verdicts(capsys, tmp_path / "silent", tmp_path / "records")
+    assert last == "4 of 4 rows within two standard errors"
+    said, _ = verdicts(capsys, tmp_path / "other", tmp_path / "records")
+    assert said["SC-EGG, CUB"].startswith("no record in ")
 
 
 def test_configs_that_differ_are_rows_that_say_how(tmp_path, capsys):

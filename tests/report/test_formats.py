@@ -74,7 +74,7 @@ def test_latex_is_balanced_and_escaped(tmp_path, capsys, datasets):
     rows = [line for line in out.splitlines() if line.endswith(r"\\")]
     assert len(columns) == 2 + 4 * len(datasets)
     assert {cells_of(line) for line in rows} == {len(columns)}
-    assert len(rows) == 2 + 17 + 4 + 4 + 2
+    assert len(rows) == 2 + 17 + 6 + 4 + 4 + 3
     assert all(ord(letter) < 128 for letter in out)
 
     for once in (r"\begin{tabular}", r"\end{tabular}", r"\toprule", r"\bottomrule"):

@@ -26,7 +26,7 @@ from helpers import (
 from model import SCEN, weighted_l1
 from scegg.config import read_config
 from scegg.datasets.layouts import LAYOUTS
-from scegg.run import folder as logs
+from scegg.run import wandb_mirror as logs
 from scegg.run.summary import result_table
 from util import UserError
 
@@ -296,7 +296,7 @@ def test_saved_config_is_a_wandb_file(features, tmp_path):
 def test_figures_are_drawn_at_the_end_and_a_missing_one_is_said(features, tmp_path, capsys):
     made = run(features, tmp_path / "runs", nepoch=1, log_figures=True)
     files = {path.name for path in made.folder.iterdir()}
-    assert files >= {"tsne.pdf", "tsne.png", "curve.png"}
+    assert files >= {"tsne.pdf", "tsne.png", "curve.png", "curves.png"}
     assert "H" in made.summary
     assert "no attention picture: " in capsys.readouterr().out
 

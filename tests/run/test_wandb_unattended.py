@@ -11,9 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from helpers import ROOT
-from scegg.config import read_config
-from scegg.run import folder
-from scegg.run.folder import UNATTENDED
+from scegg.run import wandb_mirror
+from scegg.run.wandb_mirror import UNATTENDED
 from util import UserError
 
 PROGRAM = """
@@ -21,21 +20,19 @@ import os
 import sys
 from pathlib import Path
 import util
-from scegg.config import read_config
-from scegg.run import folder
+from scegg.run import wandb_mirror
 
 def main():
-    folder.UNATTENDED |= {"init_timeout": 2, "finish_timeout": 2}
-    config = read_config(Path("ROOT/wandb_config/toy.yaml"), {})
-    mode = folder.wandb_mode(sys.argv[1] or None)
-    run = folder.start_wandb(Path.cwd(), config, "TOY", mode, "some_run")
+    wandb_mirror.UNATTENDED |= {"init_timeout": 2, "finish_timeout": 2}
+    mode = wandb_mirror.wandb_mode(sys.argv[1] or None)
+    run = wandb_mirror.start_wandb(mode, dir=str(Path.cwd()), id="some_run", resume="allow")
     run.log({"loss": 1})
     run.finish()
     print("it ran", run.settings.mode, flush=True)
     os._exit(0)  # what W&B still does at the end takes long
 
 util.exit_on_user_error(main)
-""".replace("ROOT", str(ROOT))
+"""
 
 
 def start(folder: Path, flag: str, **environment):
@@ -122,22 +119,21 @@ def test_whatever_wandb_raises_a_run_goes_on(tmp_path, monkeypatch, capsys, fail
         return mode
 
     tried = []
-    config = read_config(ROOT / "wandb_config" / "toy.yaml", {})
-    for name, stand_in in (("init", init), ("teardown", list), ("login", lambda **flags: True)):
-        monkeypatch.setattr(folder.wandb, name, stand_in)
-    monkeypatch.setattr(folder.wandb, "setup", lambda settings: SimpleNamespace(settings=settings))
-    assert folder.start_wandb(tmp_path, config, "TOY", "online", "some_run") == expected
+    monkeypatch.setattr(
+        wandb_mirror.wandb, "setup", lambda settings: SimpleNamespace(settings=settings)
+    )
+    assert wandb_mirror.start_wandb("online", id="some_run") == expected
     assert capsys.readouterr().out.startswith("W&B could not start online (Gone): ")
     assert tried == ["online", "offline", "disabled"][: failing + 1]
 
 
 def test_a_variable_that_wandb_itself_refuses_is_told(monkeypatch):
     def refuse(settings):
-        raise folder.wandb.errors.UsageError("API key cannot start or end with whitespace")
+        raise wandb_mirror.wandb.errors.UsageError("API key cannot start or end with whitespace")
 
-    monkeypatch.setattr(folder.wandb, "setup", refuse)
+    monkeypatch.setattr(wandb_mirror.wandb, "setup", refuse)
     with pytest.raises(UserError, match="whitespace: correct this WANDB_ variable"):
-        folder.set_up_wandb()
+        wandb_mirror.set_up_wandb()
 
 
 def test_waiting_is_bounded():
