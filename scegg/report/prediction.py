@@ -64,10 +64,9 @@ class Predictor:
 
     def __init__(self, files: RunFiles, device: torch.device, weights: Path | None = None):
         content, self.config, winners = files.weights, files.config, winners_of(files)
-        is_czsl = "picked" in winners and "gzsl" not in winners["picked"]
-        winner = winners["global"] if "picked" not in winners else None
-        if winner is None:
-            winner = winners["picked"]["czsl" if is_czsl else "gzsl"]
+        picked = winners.get("picked", {"gzsl": winners.get("global")})
+        task = "gzsl" if "gzsl" in picked else "czsl"
+        winner = picked[task]
 
         name = files.folder.name
         self.embedder = restore_embedder(name, winner, self.config).to(device)
@@ -79,9 +78,11 @@ class Predictor:
         self.class_names, self.attribute_names = content["class_names"], content["attribute_names"]
         unseen = torch.tensor(content["unseen"], device=device)
         seen = seen_columns(len(self.class_names), unseen)
-        is_softmax = "linear" in winner
-        self.bias = self.config.seen_bias * seen if is_softmax and not is_czsl else 0.0
-        self.labels = content["unseen"] if is_czsl else range(len(self.class_names))
+        self.labels, self.bias = range(len(self.class_names)), 0.0
+        if task == "czsl":
+            self.labels = content["unseen"]
+        elif "picked" in winners:
+            self.bias = self.config.seen_bias * seen
         self.kinds = ["seen" if is_seen else "unseen" for is_seen in seen.tolist()]
 
     @torch.inference_mode()
@@ -95,14 +96,12 @@ class Predictor:
         top = chances.topk(min(CLASSES, chances.shape[1]))
 
         guesses = []
-        for row, (places, values) in enumerate(
-            zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        ):
-            labels = [self.labels[place] for place in places]
+        for row, (places, values) in enumerate(zip(*map(Tensor.tolist, top), strict=True)):
+            scores = None if seen is None else seen.scores[row]
             guesses.append(
                 [
-                    self.guess(label, chance, seen and seen.scores[row])
-                    for label, chance in zip(labels, values, strict=True)
+                    self.guess(self.labels[place], chance, scores)
+                    for place, chance in zip(places, values, strict=True)
                 ]
             )
         return guesses, seen
