@@ -119,9 +119,15 @@ def test_whatever_wandb_raises_a_run_goes_on(tmp_path, monkeypatch, capsys, fail
         return mode
 
     tried = []
-    monkeypatch.setattr(
-        wandb_mirror.wandb, "setup", lambda settings: SimpleNamespace(settings=settings)
-    )
+    stand_ins = {
+        "init": init,
+        "teardown": list,
+        "login": lambda **flags: True,
+        "setup": lambda settings: SimpleNamespace(settings=settings),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(wandb_mirror.wandb, name, stand_in)
+
     assert wandb_mirror.start_wandb("online", id="some_run") == expected
     assert capsys.readouterr().out.startswith("W&B could not start online (Gone): ")
     assert tried == ["online", "offline", "disabled"][: failing + 1]
