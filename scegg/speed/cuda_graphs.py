@@ -90,6 +90,7 @@ class GraphedStep:
     # Set on one object if only its graph's numbers differ.
     refused = False
     first_graph = None  # all graphs share its memory: no two of them run at once
+    side = None  # the stream of `side_stream`
     counts = dict.fromkeys(COUNTED, 0)  # see `count_steps`
 
     def __init__(
@@ -222,7 +223,9 @@ def side_stream():
         yield
         return
 
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    # always the same one: each stream has its own memory
+    side = GraphedStep.side = GraphedStep.side or torch.cuda.Stream()
+    current = torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         yield

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import gpu_fakes
+import gpu_forks
 import pytest
 import torch
 
@@ -203,7 +203,7 @@ def run_part_here(part, limit, job, tell):
 def test_every_other_part_runs_without_a_gpu(tmp_path, monkeypatch):
     """In this process, and TOY's commands as forks of one: starting Python takes seconds."""
     monkeypatch.setattr(command, "run_part", run_part_here)
-    monkeypatch.setattr(toy.ToyCommands, "start", gpu_fakes.start_fork)
+    monkeypatch.setattr(toy.ToyCommands, "start", gpu_forks.start_fork)
     others = [part.name for part in PARTS if part.name not in ("tests", "parity")]
     try:
         command.main(["--small", "--output", str(tmp_path), "--parts", ",".join(others)])

@@ -31,6 +31,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 def no_graph_was_refused_before(monkeypatch):
     monkeypatch.setattr(GraphedStep, "refused", False)
     monkeypatch.setattr(GraphedStep, "first_graph", None)
+    monkeypatch.setattr(GraphedStep, "side", None)
     monkeypatch.setattr(GraphedStep, "counts", dict.fromkeys(COUNTED, 0))
 
 
