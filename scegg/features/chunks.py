@@ -180,6 +180,13 @@ class Packing(NamedTuple):
             raise ValueError("its maps do not end where they should")
         return widened(np.frombuffer(content, self.dtype).reshape(self.shape))
 
+    def unpack_column(self, stored: list[tuple[int, bytes]], count: int) -> np.ndarray:
+        """The numbers of `count` stored chunks, (count, n, c, p, q); see `unpack`."""
+        if len(stored) == count:
+            return np.stack([self.unpack(content, left_out) for left_out, content in stored])
+        ((_, whole),) = stored  # chunks that lie side by side, without filters
+        return np.frombuffer(whole, self.dtype).reshape(count, *self.shape)
+
 
 def unpack_gzip(content: bytes, packing: Packing) -> bytes:
     """What zlib has packed; one byte more than a chunk at most."""
@@ -210,6 +217,7 @@ class Stored:
     def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
         """Of each chunk a bit for each filter that was left out, and its bytes.
 
+        Chunks without filters may come in one piece.
         Raises ValueError for a chunk that was never written.
         """
         return [self.chunk(corner) for corner in corners]
@@ -235,6 +243,7 @@ class Index(Stored):
     def __init__(self, dataset: h5py.Dataset, disk: SourceFile):
         super().__init__(dataset)
         self.disk = disk
+        self.has_filters = dataset.id.get_create_plist().get_nfilters() > 0
         sides = zip(dataset.shape, dataset.chunks, strict=True)
         # offset (-1: never written), bytes, filters that were left out
         self.places = np.full((*(-(-side // of_chunk) for side, of_chunk in sides), 3), -1)
@@ -254,6 +263,8 @@ class Index(Stored):
         ends = offsets + sizes
         if np.array_equal(offsets[1:], ends[:-1]):  # side by side
             whole = memoryview(self.disk.read_at(int(sizes.sum()), int(offsets[0])))
+            if not self.has_filters:
+                return [(0, whole)]
             starts, stops = ((at - offsets[0]).tolist() for at in (offsets, ends))
             contents = [whole[start:stop] for start, stop in zip(starts, stops, strict=True)]
         else:
@@ -263,7 +274,7 @@ class Index(Stored):
 
 def stored_chunks(dataset: h5py.Dataset, disk: SourceFile) -> Stored:
     """What gives all chunks of a dataset fastest; disk: the file that it is in."""
-    if not hasattr(os, "pread"):  # Windows
+    if not hasattr(os, "pread") or Packing.of(dataset) is None:  # Windows; HDF5 reads by itself
         return Stored(dataset)
 
     index, first = Index(dataset, disk), (0, 0, 0, 0)
@@ -281,25 +292,22 @@ def never_written(corner: tuple[int, ...]) -> ValueError:
 def unpack_columns(packing: Packing, load: list):
     """Unpack columns, each given with its target, its corners and stored chunks, to their place."""
     for target, corners, stored in load:
-        chunks = [packing.unpack(content, left_out) for left_out, content in stored]
-        if len(chunks) > 1 and packing.tiles(target):
-            place_column(packing, chunks, corners[0], target)
+        column = packing.unpack_column(stored, len(corners))
+        if len(corners) > 1 and packing.tiles(target):
+            place_column(packing, column, corners[0], target)
             continue
-        for corner, chunk in zip(corners, chunks, strict=True):
+        for corner, chunk in zip(corners, column, strict=True):
             place(chunk, corner, target)
 
 
-def place_column(
-    packing: Packing, chunks: list[np.ndarray], corner: tuple[int, ...], target: Target
-):
-    """Copy all chunks of a column (n, c, p, q), which tile the map, row after row of the target.
+def place_column(packing: Packing, column: np.ndarray, corner: tuple[int, ...], target: Target):
+    """Copy a column's chunks (k, n, c, p, q), which tile the map, row after row of the target.
 
     Chunk by chunk, narrow ones would be spread over as many lines of a core's cache as they have
     numbers.
     """
     n, c, p, q = packing.shape
     down, across = packing.grid
-    column = np.stack(chunks)
     with np.errstate(over="ignore"):  # it becomes infinity, which is refused where it is used
         column = column.astype(np.float32, copy=False)  # all at once it is faster
     by_row = column.reshape(down, across, n, c, p, q).transpose(2, 3, 0, 4, 1, 5)

@@ -67,14 +67,16 @@ class SourceFile(io.FileIO):
 
     def read_at(self, count: int, offset: int) -> bytes:
         """So many bytes from an offset on; any thread may ask. Raises ValueError behind the end."""
+        if offset + count > self.stamp[0]:
+            raise ValueError("it ends too early")
         try:
             content = os.pread(self.fileno(), count, offset)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 self.error = error
             raise
-        if len(content) != count:  # one call gives 2 GB at most
-            raise ValueError("it ends too early")
+        if len(content) != count:  # it was cut off meanwhile; and one call gives 2 GB at most
+            raise ValueError("it gave too few bytes")
         return content
 
     @contextlib.contextmanager
