@@ -92,16 +92,18 @@ class Predictor:
         The CNN-feature baseline has no SCEN, and so no attributes.
         """
         x, seen = self.embed(self.backbone(crops))
-        chances = (self.classifier(x) - self.bias).softmax(dim=1)
-        top = chances.topk(min(CLASSES, chances.shape[1]))
+        logits = self.classifier(x) - self.bias
+        # by logits: close ones have the same probability in float32
+        top = logits.argsort(dim=1, descending=True)[:, :CLASSES]
+        chances = logits.softmax(dim=1).gather(1, top)
 
         guesses = []
-        for row, (places, values) in enumerate(zip(*map(Tensor.tolist, top), strict=True)):
+        for row, places in enumerate(top.tolist()):
             scores = None if seen is None else seen.scores[row]
             guesses.append(
                 [
                     self.guess(self.labels[place], chance, scores)
-                    for place, chance in zip(places, values, strict=True)
+                    for place, chance in zip(places, chances[row].tolist(), strict=True)
                 ]
             )
         return guesses, seen
