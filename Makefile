@@ -116,7 +116,7 @@ $(VENV)/installed: requirements.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt requirements-timm.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	touch $@
 

@@ -172,14 +172,15 @@ def only_images(folder: Path) -> bool:
 
 def link(place: Path, images: Path):
     """Have the pictures at their place, without a copy. Raises UserError where that cannot be."""
+    pictures = images.resolve()
+    if place.exists() and place.resolve() == pictures:
+        return
     if place.is_symlink():
         place.unlink()
     if place.exists():
-        if place.resolve() != images.resolve():
-            raise UserError(f"{place} is there already: give it as --images, or move it away")
-        return
+        raise UserError(f"{place} is there already: give it as --images, or move it away")
     try:
-        place.symlink_to(images.resolve(), target_is_directory=True)
+        place.symlink_to(pictures, target_is_directory=True)
     except (OSError, NotImplementedError) as error:
         raise UserError(
             f"{place} could not be made a link ({error}): move the pictures there, and give it as "

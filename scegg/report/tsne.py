@@ -259,6 +259,6 @@ def dataset_title(run: TrainedRun) -> str:
     """The dataset and its number of classes; it says so if that is not the paper's dataset."""
     split = run.features.split
     title = f"{run.dataset}, {len(split.att)} classes"
-    if LAYOUTS[run.dataset].published is None or split.is_published(run.dataset):
+    if not LAYOUTS[run.dataset].paper or split.is_published(run.dataset):
         return title
     return title + "\n(not the paper's\nfull dataset)"

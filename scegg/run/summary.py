@@ -125,8 +125,8 @@ def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]])
 
     published: whether the data are the paper's; then, and only then, its row stands below ours.
     """
-    known = LAYOUTS[dataset].published is not None
-    note = " (not the paper's full dataset)" if known and not published else ""
+    is_papers = LAYOUTS[dataset].paper
+    note = " (not the paper's full dataset)" if is_papers and not published else ""
     scegg = published_scegg(dataset) if published else None
     if scegg:
         rows = [*rows, ("published SC-EGG", scegg)]

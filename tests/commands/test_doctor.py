@@ -123,6 +123,13 @@ def not_installed(name):
     raise doctor.importlib.metadata.PackageNotFoundError(name)
 
 
+def test_timm_is_optional(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.metadata, "version", not_installed)
+    assert doctor.timm_line().endswith("--backbone timm/<name> needs requirements-timm.txt")
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.0")
+    assert doctor.timm_line() == "timm 1.0: --backbone timm/<name> works"
+
+
 # what is patched, and what doctor says then
 BREAKS = [
     ((sys, "version_info", (3, 10, 0)), "BROKEN: Python 3.11 to 3.14 is needed; this is"),

@@ -92,7 +92,11 @@ def test_what_is_made(own):
     assert read_attribute_names(own / "data", "PETS", 3) == ["furry", "has_size::big", "wet"]
 
     made("--seed", "1")  # made anew
-    assert read_dataset(own / "data", "PETS")[0].fingerprint != split.fingerprint
+    again = read_dataset(own / "data", "PETS")[0]
+    assert again.fingerprint != split.fingerprint
+    made("--seed", "1", "--images", "data/PETS/images")  # the link itself
+    assert read_dataset(own / "data", "PETS")[0].fingerprint == again.fingerprint
+    assert all((own / "data/PETS" / tail).is_file() for tail in tails)
 
 
 def test_vectors_without_words(own, capsys):

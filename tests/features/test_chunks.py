@@ -206,17 +206,17 @@ def test_a_repacked_file_that_the_disk_does_not_give_is_no_damage(tmp_path):
 
 
 def test_floats_that_numpy_lacks_are_left_to_hdf5(tmp_path):
-    bfloat16 = h5py.h5t.IEEE_F32LE.copy()
-    bfloat16.set_fields(15, 7, 8, 0, 7)
-    bfloat16.set_size(2)
-    bfloat16.set_ebias(127)
+    unusual = h5py.h5t.IEEE_F32LE.copy()
+    unusual.set_fields(15, 8, 7, 0, 8)
+    unusual.set_size(2)
+    unusual.set_ebias(63)
     with h5py.File(tmp_path / "b.hdf5", "w") as file:
         space, properties = (
             h5py.h5s.create_simple((6, 4, 1, 1)),
             h5py.h5p.create(h5py.h5p.DATASET_CREATE),
         )
         properties.set_chunk((3, 4, 1, 1))
-        maps = h5py.Dataset(h5py.h5d.create(file.id, b"maps", bfloat16, space, properties))
+        maps = h5py.Dataset(h5py.h5d.create(file.id, b"maps", unusual, space, properties))
         maps[...] = np.arange(24, dtype=np.float32).reshape(6, 4, 1, 1)
         assert Packing.of(maps) is None
 

@@ -39,9 +39,15 @@ def save(network, path, prefix=""):
 # ---------------------------------------------------------------- torchvision
 
 
-def test_the_tokens_of_a_torchvision_vit(tmp_path):
+def small_vit(name, weights=None, image_size=224):
+    """A torchvision ViT with patches of 32 px, but of one layer and eight channels."""
+    return models.VisionTransformer(image_size, 32, 1, 2, 8, 8, num_classes=5)
+
+
+def test_the_tokens_of_a_torchvision_vit(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    network = models.vit_b_32(image_size=64).eval()
+    monkeypatch.setattr(models, "get_model", small_vit)
+    network = small_vit("vit_b_32", image_size=64).eval()
     images, seen = torch.randn(2, 3, 64, 64), []
     weights = save(network, tmp_path / "w.pth")
     network.encoder.ln.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -49,7 +55,7 @@ def test_the_tokens_of_a_torchvision_vit(tmp_path):
 
     backbone, provenance = build_backbone("vit_b_32", weights, 64)
     maps = fold(backbone)(images)
-    assert maps.shape == (2, 768, 2, 2) and set(provenance) == {
+    assert maps.shape == (2, 8, 2, 2) and set(provenance) == {
         "backbone",
         "weights",
         "weights_sha256",
@@ -57,7 +63,7 @@ def test_the_tokens_of_a_torchvision_vit(tmp_path):
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), seen[0][:, 1:], **CLOSE)
 
     backbone, _ = build_backbone("vit_b_32", weights, 96)  # the embedding is interpolated
-    assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, 768, 3, 3)
+    assert backbone(torch.randn(1, 3, 96, 96)).shape == (1, 8, 3, 3)
 
 
 def test_a_torchvision_swin_after_its_norm(tmp_path):
