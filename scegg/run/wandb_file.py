@@ -4,10 +4,12 @@ A killed process takes with it what W&B had not written yet. wandb reads its fil
 this is LevelDB's log format around wandb's own messages: blocks of chunks, each with a header.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from wandb.proto.wandb_internal_pb2 import Record
 
 FILE_HEADER, BLOCK = 7, 32768
@@ -38,6 +40,7 @@ def last_step(folder: Path, wandb_id: str) -> int:
     """The last step that the files below W&B's folder hold of a run; 0 where they hold none."""
     last = 0
     for path in folder.glob(f"*run-*/run-{wandb_id}.wandb"):
-        for record in records(path):
-            last = max(last, record.history.step.num)
+        with contextlib.suppress(DecodeError):  # what follows is damaged
+            for record in records(path):
+                last = max(last, record.history.step.num)
     return last

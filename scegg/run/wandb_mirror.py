@@ -162,7 +162,7 @@ class Mirror:
 
         if self.run.resumed:
             self.sent = self.run.starting_step - 1
-        elif kept:
+        else:
             self.sent = last_step(Path(self.run.settings.wandb_dir), self.run.id)
         for number, line in enumerate(kept, 1):
             self.log(number, line.pop("stage", ""), line)
