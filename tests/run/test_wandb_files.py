@@ -231,3 +231,17 @@ def test_in_a_sweep_project_and_id_are_the_sweeps(tmp_path, monkeypatch):
     config = read_config(SUN_CONFIG, {})
     settings = wandb_mirror.Mirror(tmp_path, config, facts, "online", "an_id").settings
     assert settings["project"] is None and settings["id"] is None
+
+
+def test_names_carry_their_stage_and_the_papers_stand_beside():
+    names = wandb_mirror.names_in_wandb(
+        "validation eggn", {"epoch": 2, "val_H": 1.0, "val_loss_G": 3.0}
+    )
+    assert names == {
+        "val_eggn/epoch": 2,
+        "epoch": 2,
+        "val_eggn/H": 1.0,
+        "val_H": 1.0,
+        "val_eggn/loss_G": 3.0,
+    }
+    assert wandb_mirror.names_in_wandb("global", {"global_H": 1.0}) == {"global/H": 1.0}
