@@ -1,5 +1,6 @@
 """A run's mirror in Weights & Biases: its config, log, summary, pictures, artifacts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,12 @@ MODES = {
     "dryrun": "offline",
 }
 # W&B never asks, and waits no longer than these seconds, whatever its variables say
-UNATTENDED = {"relogin": False, "init_timeout": 60, "finish_timeout": 300}
+UNATTENDED = {
+    "relogin": False,
+    "init_timeout": 60,
+    "finish_timeout": 300,
+    "x_service_wait": 60,
+}
 
 # the x axis of a stage
 AXES = {"scen": "iteration", "distill": "iteration", "eggn": "epoch", "joint": "iteration"}
@@ -58,8 +64,9 @@ def logged_in() -> bool:
     verify = "WANDB_HTTP_TIMEOUT" not in os.environ
     try:
         found = wandb.login(prompt=False, verify=verify)
-    except wandb.errors.Error as error:
-        print(f"W&B: {UserError(error)}: logging offline")
+    except Exception as error:  # W&B has many kinds of them
+        print(f"W&B: {reason(error)}: logging offline")
+        start_anew("offline")
         return False
     if not found:
         print("W&B: nobody is logged in (`wandb login` does that): logging offline")
@@ -70,26 +77,44 @@ def set_up_wandb(**settings) -> wandb.Settings:
     """W&B's settings in this process. Raises UserError for a WANDB_ variable that cannot be."""
     try:
         return wandb.setup(wandb.Settings(**UNATTENDED, **settings)).settings
-    except ValueError as error:  # pydantic's
+    except (ValueError, wandb.errors.Error) as error:  # pydantic's, and W&B's own
         raise UserError(f"W&B: {error}: correct this WANDB_ variable") from None
+
+
+def start_anew(mode: str):
+    """Set W&B up without the process that it had, which may have died."""
+    os.environ.pop("WANDB_IDENTITY_TOKEN_FILE", None)  # of which it dies, also offline
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+    set_up_wandb(mode=mode)
+
+
+def reason(error: Exception) -> str:
+    """What an error of W&B's says, in a line; some say nothing but their name."""
+    return str(UserError(error)) or type(error).__name__
 
 
 def start_wandb(mode: str, **settings):
     """W&B's run; offline without a login, and where W&B cannot be reached.
 
-    settings: those of `wandb.init`. Nobody is asked. Raises UserError as set_up_wandb.
+    settings: those of `wandb.init`. Where W&B cannot start offline either, the run goes on without
+    it. Nobody is asked. Raises UserError as set_up_wandb.
     """
     set_up_wandb(mode=mode)
     if mode == "online" and not logged_in():
         mode = "offline"
 
-    try:
-        return wandb.init(mode=mode, **settings)
-    except wandb.errors.Error as error:
-        print(f"W&B could not start online ({UserError(error)}): logging offline")
-        wandb.teardown()  # it holds the run's id
-        set_up_wandb(mode="offline")
-        return wandb.init(mode="offline", **settings)
+    fallbacks = {"online": "offline", "offline": "disabled"}
+    while mode in fallbacks:
+        try:
+            return wandb.init(mode=mode, **settings)
+        except Exception as error:
+            print(
+                f"W&B could not start {mode} ({reason(error)}): its mode is {fallbacks[mode]} now"
+            )
+            mode = fallbacks[mode]
+            start_anew(mode)
+    return wandb.init(mode=mode, **settings)
 
 
 def unless_set(variable: str, value: str) -> str | None:
