@@ -18,7 +18,7 @@ class RunFolder:
 
     path: of a new run (`new_folder`), or of one to continue. mirror: the run in W&B. logged: bytes
     of its metrics.jsonl that belong to the checkpoint it continues from; what stands behind them is
-    cut off and will be logged again, but not to W&B, which has it.
+    cut off and will be logged again, to W&B only if it has it not.
     Raises UserError for a metrics.jsonl that is shorter than `logged`.
     """
 
@@ -33,13 +33,11 @@ class RunFolder:
                 f"{path / 'metrics.jsonl'} is shorter than when the checkpoint was made: it was "
                 "changed; start the run anew"
             )
-        self.metrics.seek(0)
-        all_lines = self.metrics.read().count(b"\n")
         self.metrics.truncate(logged)
         self.metrics.seek(0)
         kept = self.read_lines()
         self.lines = len(kept)
-        mirror.start(kept, all_lines)
+        mirror.start(kept)
 
     def read_lines(self) -> list[dict]:
         """The lines from here on. Raises UserError for what no run writes."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import wandb
 
 from scegg.config import Config
+from scegg.run.wandb_file import last_step
 from util import UserError
 
 PROJECT = "SCEGG"
@@ -175,16 +176,19 @@ class Mirror:
             "config": dataclasses.asdict(config) | facts,
         }
 
-    def start(self, kept: list[dict], logged: int):
+    def start(self, kept: list[dict]):
         """Begin, or go on. kept: the lines of metrics.jsonl that a resumed run begins with.
 
-        logged: how many it had when it was stopped. Those that W&B has are not sent again: it is
-        asked where it can be, and else has all of them. Raises UserError as set_up_wandb.
+        What W&B has is not sent again, and what it lacks of them is: its server says which steps
+        it has, else its files do. Raises UserError as set_up_wandb.
         """
         self.run = start_wandb(self.mode, **self.settings)
         self.define_axes()
 
-        self.sent = self.run.starting_step - 1 if self.run.resumed else logged
+        if self.run.resumed:
+            self.sent = self.run.starting_step - 1
+        else:
+            self.sent = last_step(Path(self.run.settings.wandb_dir), self.run.id)
         for number, line in enumerate(kept, 1):
             self.log(number, line.pop("stage", ""), line)
 

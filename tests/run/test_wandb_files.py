@@ -166,25 +166,34 @@ def test_seeds_share_a_group_and_ablations_a_job_type(features, tmp_path, offlin
     assert captions["curves.caption"].startswith("CUB: learning curves")
 
 
-def test_no_step_is_logged_twice_after_a_kill(features, tmp_path, offline, capsys):
-    """Two files, one of each process; together they have every line of metrics.jsonl once."""
+def test_no_step_is_logged_twice_or_never_after_a_kill(features, tmp_path, offline, capsys):
+    """A file of each process: together they have every line of metrics.jsonl once."""
     runs = tmp_path / "runs"
     changes = {"checkpoint_every": 10**6, "log_freq_iteration": 5, "distill_iterations": 1500}
     argv = small_run_arguments(features, runs, "--wandb", "offline", **changes)
-    kill_when_logged(start_process(argv), runs, '"distill"')
+    kill_when_logged(start_process(argv), runs, '"distill"', 150)
     (folder,) = runs.iterdir()
-    cut_off = len(read_metrics(folder))
-    wait_for_steps(folder, cut_off)
 
     offline.setenv("WANDB_SILENT", "false")
     argv = ["--runs", str(runs), "--device", "cpu", "--wandb", "offline", "--resume"]
     train_joint.main(argv, dataset="CUB")
     wandb.teardown()
     first, second = offline_runs(folder)
-    assert first.run.run_id == second.run.run_id == folder.name
-    assert second.steps[0] == cut_off + 1
+    assert second.run.run_id == folder.name
     assert first.steps + second.steps == list(range(1, len(read_metrics(folder)) + 1))
     assert "step" not in capsys.readouterr().err.replace("val_", "")
+
+
+def kill_when_logged(process, runs, text, times):
+    """SIGKILL a run once its metrics.jsonl holds a text so often."""
+    while process.is_alive():
+        logged = "".join(path.read_text() for path in runs.glob("*/metrics.jsonl"))
+        if logged.count(text) >= times:
+            break
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    time.sleep(1)  # W&B's own process outlives it for a moment
 
 
 class Server:
@@ -210,7 +219,7 @@ def test_online_the_server_says_which_steps_it_has(tmp_path, monkeypatch):
     config = read_config(SUN_CONFIG, {})
     mirror = wandb_mirror.Mirror(tmp_path, config, facts, "online", "an_id")
 
-    mirror.start([{"stage": "scen", "iteration": 10 * step} for step in range(1, 6)], logged=7)
+    mirror.start([{"stage": "scen", "iteration": 10 * step} for step in range(1, 6)])
     mirror.log(6, "scen", {"iteration": 60})
     assert server.logged == [(4, 40), (5, 50), (6, 60)]
 
@@ -224,19 +233,15 @@ def test_in_a_sweep_project_and_id_are_the_sweeps(tmp_path, monkeypatch):
     assert settings["project"] is None and settings["id"] is None
 
 
-def kill_when_logged(process, runs, text):
-    """SIGKILL a run once its metrics.jsonl holds a text twice."""
-    while process.is_alive():
-        logged = "".join(path.read_text() for path in runs.glob("*/metrics.jsonl"))
-        if logged.count(text) > 1:
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-
-
-def wait_for_steps(folder, count):
-    """W&B's own process outlives a killed run for a moment, and writes what it has been told."""
-    deadline = time.time() + 30
-    while len(only_run(folder).steps) < count and time.time() < deadline:
-        time.sleep(0.1)
+def test_names_carry_their_stage_and_the_papers_stand_beside():
+    names = wandb_mirror.names_in_wandb(
+        "validation eggn", {"epoch": 2, "val_H": 1.0, "val_loss_G": 3.0}
+    )
+    assert names == {
+        "val_eggn/epoch": 2,
+        "epoch": 2,
+        "val_eggn/H": 1.0,
+        "val_H": 1.0,
+        "val_eggn/loss_G": 3.0,
+    }
+    assert wandb_mirror.names_in_wandb("global", {"global_H": 1.0}) == {"global/H": 1.0}

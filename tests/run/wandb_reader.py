@@ -1,36 +1,9 @@
-"""Reads W&B's offline files back: LevelDB's log format around W&B's own protobuf records.
-
-wandb itself reads them in its Go core alone; its messages are what it defines them by.
-"""
+"""W&B's offline files, read back as what they say of a run."""
 
 import json
-import struct
 from pathlib import Path
 
-from wandb.proto.wandb_internal_pb2 import Record
-
-BLOCK = 32768
-FULL, LAST = 1, 4  # kinds of a chunk that end a record
-
-
-def records(path):
-    """The records of a .wandb file, in order; one that a kill cut off is left out."""
-    data, position, whole = Path(path).read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < 7:  # a header never stands over a block's end
-            position += left
-            continue
-        _, size, kind = struct.unpack("<IHB", data[position : position + 7])
-        if kind == 0:
-            return
-        position += 7 + size
-        whole += data[position - size : position]
-        if kind in (FULL, LAST) and position <= len(data):
-            record = Record()
-            record.ParseFromString(whole)
-            whole = b""
-            yield record
+from scegg.run.wandb_file import records
 
 
 class OfflineRun:
@@ -44,7 +17,7 @@ class OfflineRun:
         self.path = Path(path)
         self.config, self.history, self.metrics = {}, [], {}
         self.summary, self.artifacts, self.said = {}, {}, ""
-        for record in records(path):
+        for record in records(Path(path)):
             take = getattr(self, f"take_{record.WhichOneof('record_type')}", None)
             if take:
                 take(record)
