@@ -21,6 +21,8 @@ from isal import isal_zlib
 from scegg.features.disk import SourceFile
 from scegg.speed.threads import granted_cores
 
+SOME = np.ones(64, np.float32)
+NOTED_AT_ONCE = 1 << 16  # places of chunks: what HDF5 tells of one takes much memory
 LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at least one column
 HELD = 1 << 28  # bytes of chunks that are held unpacked, at least one column
 
@@ -80,6 +82,8 @@ def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: "Store
     stored = stored or Stored(dataset)
     pieces = ((target, column) for target in targets for column in columns(dataset, target))
     column_bytes = packing.size * math.prod(packing.grid)
+    # no more wait than keep the threads busy: fresh memory is slow
+    most = max(1, min(4 * granted_cores(), HELD // max(LOAD, column_bytes)))
     with ThreadPoolExecutor(granted_cores()) as pool:
         waiting = deque()
         while load := [
@@ -87,7 +91,7 @@ def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: "Store
             for target, column in itertools.islice(pieces, max(1, LOAD // column_bytes))
         ]:
             waiting.append(pool.submit(unpack_columns, packing, load))
-            if len(waiting) >= max(1, HELD // max(LOAD, column_bytes)):
+            if len(waiting) >= most:
                 waiting.popleft().result()
         for result in waiting:
             result.result()
@@ -192,6 +196,9 @@ def unpack_gzip(content: bytes, packing: Packing) -> bytes:
     """What zlib has packed; one byte more than a chunk at most."""
     stream = isal_zlib.decompressobj()
     content = stream.decompress(content, packing.size + 1)
+    # on Intel's processors ISA-L leaves the vector registers half used, and copying numbers then
+    # takes 20 times as long, until such an addition has cleared them
+    np.add(SOME, SOME)
     if not stream.eof:
         raise ValueError("its maps do not end where they should")
     return content
@@ -247,12 +254,23 @@ class Index(Stored):
         sides = zip(dataset.shape, dataset.chunks, strict=True)
         # offset (-1: never written), bytes, filters that were left out
         self.places = np.full((*(-(-side // of_chunk) for side, of_chunk in sides), 3), -1)
-        dataset.id.chunk_iter(self.note)
+        self.heard = []  # of the chunks whose places are still to be noted
+        dataset.id.chunk_iter(self.hear)
+        self.note()
 
-    def note(self, info):
-        """Note the place of a chunk."""
-        at = map(operator.floordiv, info.chunk_offset, self.dataset.chunks)
-        self.places[tuple(at)] = info.byte_offset, info.size, info.filter_mask
+    def hear(self, info):
+        """HDF5 tells of one chunk."""
+        self.heard.append(info)
+        if len(self.heard) == NOTED_AT_ONCE:
+            self.note()
+
+    def note(self):
+        """Note the places of the chunks that were told of."""
+        if self.heard:
+            corners, masks, offsets, sizes = zip(*self.heard, strict=True)
+            at = np.array(corners) // self.dataset.chunks
+            self.places[tuple(at.T)] = np.column_stack([offsets, sizes, masks])
+            self.heard.clear()
 
     def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
         image, channel = map(operator.floordiv, corners[0], self.dataset.chunks[:2])

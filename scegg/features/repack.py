@@ -24,7 +24,7 @@ from scegg.features.feature_file import MAPS, read_maps
 from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
 
 AGAIN = "delete it and run again"
-BLOCK = 1 << 27  # bytes of maps that are held at once, or a column of chunks if that is more
+BLOCK = 1 << 24  # bytes of maps that are held at once, or a column of chunks if that is more
 
 
 class Repacked(NamedTuple):
