@@ -34,6 +34,7 @@ def bfloat16_type() -> h5py.h5t.TypeID:
     kind.set_ebias(127)
     kind.set_precision(16)
     kind.set_size(2)
+    kind.lock()  # it lives as long as HDF5 does
     return kind
 
 

@@ -102,19 +102,19 @@ def test_what_is_made(own):
 def test_vectors_without_words(own, capsys):
     np.save(own / "clip.npy", np.random.default_rng(1).standard_normal((5, 8)))
     made(semantics="clip.npy")
-    toy_flags = ["--dataset", "PETS", "--backbone", "efficientnet_lite2", "--img_size", "64"]
-    preprocessing.main([*toy_flags, "-n", "0"])
+    own_flags = ["--dataset", "PETS", "--backbone", "efficientnet_lite2", "--img_size", "64"]
+    options = preprocessing.parse_arguments([*own_flags, "--output", "maps.hdf5"])
+    plain = preprocessing.read_annotations(options)
     said = capsys.readouterr().out
     assert "no words name the 8 numbers" in said and "tf_vaegan.yaml" in said
-    features = open_features(own / "data/PETS/feature_map_efficientnet_lite2_PETS.hdf5")
-    assert features.w2v.shape == (8, 300)
-    assert len(np.unique(features.w2v[:, 0])) == 8
+    assert plain.w2v.shape == (8, 300)
+    assert len(np.unique(plain.w2v[:, 0])) == 8
 
     np.save(own / "other.npy", np.random.default_rng(2).standard_normal((5, 4)))
-    preprocessing.main([*toy_flags, "-n", "0", "--semantics", "other.npy"])
+    preprocessing.main([*own_flags, "-n", "0", "--semantics", "other.npy"])
     other = open_features(own / "data/PETS/feature_map_efficientnet_lite2_other_PETS.hdf5")
     assert other.split.att.shape == (5, 4) and other.w2v.shape == (4, 300)
-    assert other.split.fingerprint.startswith(features.split.fingerprint + "+")
+    assert other.split.fingerprint.startswith(plain.split.fingerprint + "+")
     assert other.provenance["semantics"] == "other.npy"
 
 
