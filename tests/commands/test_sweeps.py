@@ -96,10 +96,10 @@ def test_the_agents_command_runs(file, features, tmp_path):
     own = ["--features", str(features), "--device", "cpu"]
     own += flags(backbone="resnet101", img_size=448, **small)
 
-    with h5py.File(features, "a") as file:  # xlsa17's train and val classes, for validation
-        trainval = file["trainval_loc"][()]
-        is_val = file["labels"][()][trainval] == 0
-        file["train_loc"], file["val_loc"] = trainval[~is_val], trainval[is_val]
+    with h5py.File(features, "a") as arrays:  # xlsa17's train and val classes, for validation
+        trainval = arrays["trainval_loc"][()]
+        is_val = arrays["labels"][()][trainval] == 0
+        arrays["train_loc"], arrays["val_loc"] = trainval[~is_val], trainval[is_val]
 
     command = [*agents_command(sweep, parameters, file.stem.split("_")[0].upper()), *own]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
