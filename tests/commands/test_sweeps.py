@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import h5py
 import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -94,6 +95,11 @@ def test_the_agents_command_runs(file, features, tmp_path):
     small = {name: value for name, value in SMALL_RUN.items() if name not in parameters}
     own = ["--features", str(features), "--device", "cpu"]
     own += flags(backbone="resnet101", img_size=448, **small)
+
+    with h5py.File(features, "a") as arrays:  # xlsa17's train and val classes, for validation
+        trainval = arrays["trainval_loc"][()]
+        is_val = arrays["labels"][()][trainval] == 0
+        arrays["train_loc"], arrays["val_loc"] = trainval[~is_val], trainval[is_val]
 
     command = [*agents_command(sweep, parameters, file.stem.split("_")[0].upper()), *own]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
