@@ -142,7 +142,8 @@ class Config:
 
     # logging and checkpoints
     log_freq_iteration: int = positive("iterations of a logged mean, stages 1 and 2", default=100)
-    log_figures: bool = key("draw the figures at the run's end", default=False)
+    log_curves: bool = key("draw the learning curves at the run's end", default=True)
+    log_figures: bool = key("draw the other figures at the run's end", default=False)
     log_model: bool = key("give W&B the model and a reference to its features", default=False)
     checkpoint_every: int = positive("iterations from one checkpoint to the next", default=2000)
 

@@ -32,6 +32,7 @@ SMALL_RUN = {
     "syn_num": 20,
     "classifier_epochs": 3,
     "log_freq_iteration": 10,
+    "log_curves": False,  # drawing takes longer than such a run
 }
 
 

@@ -85,8 +85,11 @@ def is_state(content) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in its first line; its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What an error says in its first sentence; its kind where it says nothing.
+
+    Torch goes on with advice to load what is refused.
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
 
 
 def download_state(name: str) -> tuple[dict[str, Tensor], str]:

@@ -26,6 +26,7 @@ from scegg.run.trained import TrainedRun, restore_classifier, restore_eggn, rest
 from util import without_none, write_text
 
 TEST_PARTS = ("test_seen", "test_unseen")
+PER_CLASS = ("numbers", "task", "class", "kind", "images", "correct", "accuracy")
 WORST = 20  # confusions of a classifier that are reported
 # by protocol: what winners are called, and the prefix of their numbers in summary.json
 PREFIXES = {
@@ -196,7 +197,7 @@ def is_number(name: str) -> bool:
 
 def write_report(folder: Path, answers: list[Answers], class_names: list[str]):
     """per_class.csv and confusions.csv in a folder; accuracies and shares in %."""
-    per_class = [("numbers", "task", "class", "kind", "images", "correct", "accuracy")]
+    per_class = [PER_CLASS]
     confusions = [
         ("numbers", "task", "class", "kind", "predicted", "predicted_kind", "images", "share")
     ]

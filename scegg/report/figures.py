@@ -1,70 +1,110 @@
-"""The figures that a run with log_figures draws at its end.
+"""What a run shows at its end: its figures, and what W&B has of them.
 
 This module is cheap to import. Matplotlib and scikit-learn, which take seconds to load, are
 imported when there is something to draw.
 """
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from scegg.config import Config
 from scegg.features.reader import Features
 from scegg.run.identity import identity_of_data
+from scegg.run.main import Job
 from scegg.run.reuse import finished_runs
-from scegg.run.trained import TrainedRun, load_run
+from scegg.run.trained import TrainedRun, load_run, read_run, winners_of
+from scegg.run.wandb_mirror import Mirror
 from util import UserError
 
 IMAGES = 4  # that the attention figure shows
+CAPTIONS = {
+    "curves": "learning curves; a star is a picked epoch",
+    "tsne": "t-SNE of real and synthetic features in both visual spaces",
+    "attention": "attention: the image, GEN's map, LEN's best attributes",
+    "curve": "accuracy on seen over accuracy on unseen classes, by seen_bias",
+}
 
 
-def draw_run_figures(
-    folder: Path,
-    dataset: str,
-    config: Config,
-    features: Features,
-    data_root: Path,
-    log_picture: Callable[[str, Path, str], None],
-):
-    """Draw a finished run's t-SNE, attention maps and curves into its folder.
+def report_run(folder: Path, job: Job, data_root: Path, mirror: Mirror):
+    """Draw what the config of a finished run asks for into its folder, and tell W&B.
 
-    features: those of the run. log_picture(name, path, caption) is told of every PNG. A figure that
-    cannot be drawn is said in one line: the run is finished, a picture is not worth a traceback.
+    That are the learning curves (`log_curves`), t-SNE, attention maps and the seen-unseen curve
+    (`log_figures`); with `log_model` W&B gets the accuracy of every class as a table. What fails
+    is said in one line: the run is finished, a picture is not worth a traceback.
     """
+    names = ["curves"] if job.config.log_curves else []
+    if job.config.log_figures:
+        names += ["tsne", "attention", "curve"]
+    drawings = run_drawings(folder, job, data_root) if names else {}
+
+    for name in names:
+        with told(f"no {name} picture"):
+            drawings[name]()
+            caption = f"{job.dataset}: {CAPTIONS[name]}"
+            mirror.log_picture(name, folder / f"{name}.png", caption)
+    if job.config.log_model:
+        with told("no table of the classes"):
+            log_classes(folder, job, mirror)
+
+
+@contextlib.contextmanager
+def told(problem: str):
+    """Within: an error is said in one line."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{problem}: {UserError(error)}")
+
+
+def run_drawings(folder: Path, job: Job, data_root: Path) -> dict[str, Callable[[], None]]:
+    """What draws each picture of a finished run into its folder."""
     from scegg.report.attention import attention_figure, dataset_images
     from scegg.report.curves import curve_figure, read_curve
     from scegg.report.learning import learning_figure, read_logs
     from scegg.report.style import save
     from scegg.report.tsne import tsne_figure
 
-    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    run = TrainedRun(folder.name, dataset, config, features, weights)
+    def draw_curves():
+        save(learning_figure(read_logs([folder])), folder / "curves")
 
     def draw_tsne():
-        return tsne_figure(run, baseline_beside(folder, dataset, features))
+        baseline = baseline_beside(folder, job.dataset, job.features)
+        save(tsne_figure(trained(folder, job), baseline), folder / "tsne")
 
     def draw_attention():
-        return attention_figure(run, dataset_images(run, data_root, IMAGES, config.seed))
+        run = trained(folder, job)
+        images = dataset_images(run, data_root, IMAGES, job.config.seed)
+        save(attention_figure(run, images), folder / "attention")
 
     def draw_curve():
-        return curve_figure(read_curve(folder / "seen_unseen_curve.csv"), folder.name)
+        curve = read_curve(folder / "seen_unseen_curve.csv")
+        save(curve_figure(curve, folder.name), folder / "curve")
 
-    def draw_curves():
-        return learning_figure(read_logs([folder]))
-
-    drawings = {
-        "curves": (draw_curves, "learning curves; a star is a picked epoch"),
-        "tsne": (draw_tsne, "t-SNE of real and synthetic features in both visual spaces"),
-        "attention": (draw_attention, "attention: the image, GEN's map, LEN's best attributes"),
-        "curve": (draw_curve, "accuracy on seen over accuracy on unseen classes, by seen_bias"),
+    return {
+        "curves": draw_curves,
+        "tsne": draw_tsne,
+        "attention": draw_attention,
+        "curve": draw_curve,
     }
-    for name, (draw, caption) in drawings.items():
-        try:
-            save(draw(), folder / name)
-            log_picture(name, folder / f"{name}.png", f"{dataset}: {caption}")
-        except Exception as error:
-            print(f"no {name} picture: {UserError(error)}")
+
+
+def trained(folder: Path, job: Job) -> TrainedRun:
+    """The finished run, with the features that it has open."""
+    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+    return TrainedRun(folder.name, job.dataset, job.config, job.features, weights)
+
+
+def log_classes(folder: Path, job: Job, mirror: Mirror):
+    """W&B's table of every class's accuracy, for each group of the run's numbers."""
+    from scegg.report.evaluation import PER_CLASS, evaluate_run, per_class_rows
+
+    run, winners = trained(folder, job), winners_of(read_run(folder))
+    _, answers = evaluate_run(run, winners, job.device)
+    names = job.features.class_names
+    rows = [row for answer in answers for row in per_class_rows(answer, names)]
+    mirror.log_table("per_class", PER_CLASS, rows)
 
 
 def baseline_beside(folder: Path, dataset: str, features: Features) -> TrainedRun | None:

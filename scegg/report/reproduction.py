@@ -10,7 +10,7 @@ from scegg.report.table import METRICS
 
 STANDARD_ERRORS = 2
 # keys that change no number
-SILENT_KEYS = {"log_freq_iteration", "log_figures", "log_model", "checkpoint_every"}
+SILENT_KEYS = {"log_freq_iteration", "log_curves", "log_figures", "log_model", "checkpoint_every"}
 
 
 class Comparison(NamedTuple):

@@ -65,11 +65,11 @@ class Job(NamedTuple):
     scen: dict | None
 
 
-def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
+def main(argv=None, dataset: str | None = None, report: Callable | None = None):
     """Parse flags, check all that can be checked, train (or continue), print the table.
 
-    dataset: that of a script which names it; None: --dataset does. draw: draws the figures of a
-    finished run (`scegg.report.figures.draw_run_figures`) where its config has `log_figures`.
+    dataset: that of a script which names it; None: --dataset does. report: draws and tells W&B
+    what a finished run has to show (`scegg.report.figures.report_run`).
     """
     options, overrides = parse_flags(flag_parser(dataset), argv)
     require_one_process()
@@ -102,8 +102,8 @@ def main(argv=None, dataset: str | None = None, draw: Callable | None = None):
             with checkpoint.signals(), fast_matmul(job.device):
                 table, summary = train(job, folder, checkpoint)
             folder.finish(summary)
-            if job.config.log_figures and draw:
-                draw(path, dataset, job.config, job.features, options.data_root, mirror.log_picture)
+            if report:
+                report(path, job, options.data_root, mirror)
             if job.config.log_model:
                 mirror.log_artifacts(path, job.features.path, summary)
 

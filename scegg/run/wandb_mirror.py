@@ -218,6 +218,10 @@ class Mirror:
         """A picture of the run's folder."""
         self.run.log({name: wandb.Image(str(path), caption=caption)})
 
+    def log_table(self, name: str, columns: tuple[str, ...], rows: list[tuple]):
+        """A table with named columns."""
+        self.run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
     def summarise(self, summary: dict):
         """The content of summary.json, but for accuracies whose highest the summary has already."""
         taken = () if self.validated else ACCURACIES

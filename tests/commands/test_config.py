@@ -213,6 +213,7 @@ OURS = [
     "test_freq_epoch",
     "seen_bias",
     "log_freq_iteration",
+    "log_curves",
     "log_figures",
     "log_model",
     "checkpoint_every",

@@ -294,7 +294,7 @@ def test_saved_config_is_a_wandb_file(features, tmp_path):
 
 
 def test_figures_are_drawn_at_the_end_and_a_missing_one_is_said(features, tmp_path, capsys):
-    made = run(features, tmp_path / "runs", nepoch=1, log_figures=True)
+    made = run(features, tmp_path / "runs", nepoch=1, log_figures=True, log_curves=True)
     files = {path.name for path in made.folder.iterdir()}
     assert files >= {"tsne.pdf", "tsne.png", "curve.png", "curves.png"}
     assert "H" in made.summary
