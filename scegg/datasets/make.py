@@ -16,8 +16,15 @@ import scipy.io
 from scegg.datasets.layouts import FOLDER, NAME, OWN
 from scegg.datasets.semantics import read_semantics
 from scegg.datasets.splits import hold_out
-from scegg.datasets.text_files import text_encoding
-from util import FlagParser, UserError, atomic_path, exit_on_user_error, make_folder, write_text
+from util import (
+    FlagParser,
+    UserError,
+    atomic_path,
+    exit_on_user_error,
+    make_folder,
+    text_encoding,
+    write_text,
+)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
 IMAGES = "images"  # the folder of the pictures, and the anchor of their paths

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scegg.datasets.text_files import text_encoding
-from util import UserError, is_of_disk, unreadable
+from util import UserError, is_of_disk, text_encoding, unreadable
 
 LARGEST = 1 << 27  # numbers of a table
 

@@ -47,7 +47,7 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{path} may be a decompression bomb ({error}): if it is a photograph, allow it with "
-            "a larger --max_megapixels (preprocessing.py, visualize.py attention)"
+            "a larger --max_megapixels (preprocessing.py, visualize.py, evaluate.py)"
         ) from None
     except Unusable as error:
         raise UserError(f"{path}: {error}") from None

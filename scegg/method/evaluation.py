@@ -119,9 +119,9 @@ class Kept:
             self.picked[name] = torch.where(better, now, tensor)
 
 
-def copy_of(linear: nn.Linear) -> dict[str, Tensor]:
-    """Weight and bias of a classifier as they are now."""
-    return {name: tensor.detach().clone() for name, tensor in linear.named_parameters()}
+def copy_of(network: nn.Module) -> dict[str, Tensor]:
+    """The weights and buffers of a network as they are now, on its device."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
 class SoftmaxClassifier:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scegg.config import Config
 from scegg.features.reader import Features
-from scegg.method.evaluation import Scores
+from scegg.method.evaluation import Scores, copy_of
 from scegg.method.selection import Selection
 
 
@@ -77,11 +77,6 @@ class Winners:
     def load_state_dict(self, state: dict):
         """From a checkpoint."""
         self.embedder, self.kept = state["embedder"], state["kept"]
-
-
-def copy_of(network: nn.Module) -> dict[str, Tensor]:
-    """The weights and buffers of a network as they are now, on its device."""
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
 def share_equal_tensors(state: dict) -> dict:
