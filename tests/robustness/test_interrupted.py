@@ -217,7 +217,7 @@ def test_a_disk_that_takes_no_more(server, toy_root, tmp_path, whole, largest_fi
 
     (error,) = (line for line in said.splitlines() if line.startswith("error: "))
     assert fails in error and said.endswith(error + "\n")
-    assert "free some disk space and run again; the finished parts stay" in error
+    assert "raise the limit (ulimit -f) and run again; the finished parts stay" in error
     assert not list(output.parent.rglob(".*"))
     if largest_file >= 100_000:
         assert len(list(output.parent.glob("*.parts-*/*.hdf5"))) == 9
