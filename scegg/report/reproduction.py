@@ -4,13 +4,19 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from scegg.report.comparison import Group
+from scegg.report.comparison import Group, mean_and_deviation
+from scegg.report.formats import Look
 from scegg.report.summaries import SCEN_ALONE, SELECTIONS, canonical
 from scegg.report.table import METRICS
 
 STANDARD_ERRORS = 2
 # keys that change no number
 SILENT_KEYS = {"log_freq_iteration", "log_curves", "log_figures", "log_model", "checkpoint_every"}
+
+
+def is_within(difference: float, standard_error: float) -> bool:
+    """Whether a difference lies within two standard errors, and a thousandth for rounding."""
+    return abs(difference) <= STANDARD_ERRORS * standard_error + 1e-3
 
 
 class Comparison(NamedTuple):
@@ -32,9 +38,9 @@ class Comparison(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the means lie within two standard errors, and a thousandth for rounding."""
-        difference = abs(statistics.fmean(self.ours) - statistics.fmean(self.recorded))
-        return difference <= STANDARD_ERRORS * self.standard_error + 1e-3
+        """Whether the means lie within two standard errors."""
+        difference = statistics.fmean(self.ours) - statistics.fmean(self.recorded)
+        return is_within(difference, self.standard_error)
 
 
 def compare(groups: list[Group], records: list[Group], where: list[Path]) -> str:
@@ -84,8 +90,8 @@ def compare_row(group: Group, twin: Group, prefix: str) -> tuple[str, bool]:
         )
         if None in ours or None in recorded:
             continue
-        means = statistics.fmean(ours), statistics.fmean(recorded)
-        texts.append(f"{short} {means[0]:.1f} ({means[1]:.1f})")
+        numbers = [Look().number(mean_and_deviation(values), None) for values in (ours, recorded)]
+        texts.append("{} {} ({})".format(short, *numbers))
         if not Comparison(ours, recorded).agrees:
             differ.append(short)
 

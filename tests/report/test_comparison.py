@@ -192,8 +192,8 @@ def test_means_are_compared_with_the_records_row_by_row(tmp_path, capsys):
     # two standard errors of the difference: 2 sqrt(1 (1/3 + 1/3)) = 1.633
     near, last = verdicts(capsys, tmp_path / "near", tmp_path / "records")
     assert near["SC-EGG, CUB, best on test"] == (
-        "acc 34.5 (33.0)  U 35.5 (34.0)  S 36.5 (35.0)  H 37.5 (36.0), 3 (3) runs: "
-        "within two standard errors"
+        "acc 34.5±1.0 (33.0±1.0)  U 35.5±1.0 (34.0±1.0)  S 36.5±1.0 (35.0±1.0)  "
+        "H 37.5±1.0 (36.0±1.0), 3 (3) runs: within two standard errors"
     )
     assert last == "4 of 4 rows within two standard errors"
 
