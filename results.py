@@ -4,19 +4,23 @@
     python results.py docs/records --format markdown   from the committed records
     python results.py --format latex --output table.tex --figure figs/results.png
     python results.py runs/X --against docs/records    row by row: do the runs reproduce these?
+    python results.py --compare runs/X runs/Y          differences of means, paired over seeds
 
 A group of runs has a row for each way in which its epochs were picked. *Best on test* is how the
 paper picks them. *Last epoch* and *validated* never look at the test set.
 """
 
+import glob
 import sys
 from pathlib import Path
 
 from scegg.datasets.layouts import LAYOUTS, add_own_layouts
 from scegg.report.comparison import build_table, group_runs, record
+from scegg.report.differences import build_differences
 from scegg.report.formats import FORMATS
 from scegg.report.reproduction import compare
 from scegg.report.summaries import FinishedRun, gather, newest_of_each_seed, warn
+from scegg.report.table import Table
 from util import FlagParser, UserError, exit_on_user_error, write_text
 
 
@@ -24,7 +28,20 @@ def main(argv=None):
     """Make the table, and what else the flags ask for."""
     add_own_layouts(Path("data"))
     options = parse_arguments(argv)
-    runs = read_runs(options.paths, options.dataset or list(LAYOUTS))
+    if options.compare:
+        text = FORMATS[options.format](differences_of(options))
+    else:
+        text = make_table(options)
+
+    if options.output:
+        write_text(options.output, text)
+    else:
+        show(text)
+
+
+def make_table(options) -> str:
+    """The comparison table in its format; the figure and the records, if they are asked for."""
+    runs = read_runs(options.paths or [Path("runs")], options.dataset or list(LAYOUTS))
     groups = group_runs(runs)
     table = build_table(groups, columns_of(runs, options.dataset))
     text = FORMATS[options.format](table)
@@ -38,10 +55,27 @@ def main(argv=None):
         save_picture(table, options.figure)
     if options.record:
         record(groups, options.record)
-    if options.output:
-        write_text(options.output, text)
-    else:
-        show(text)
+    return text
+
+
+def differences_of(options) -> Table:
+    """The table of differences of --compare. Raises UserError where nothing can be compared."""
+    others = (options.paths, options.against, options.figure, options.record)
+    if any(others):
+        raise UserError(
+            "--compare takes two places and prints their differences alone: leave out other "
+            'paths, --against, --figure and --record; put quotes around a pattern ("runs/A*")'
+        )
+
+    datasets = options.dataset or list(LAYOUTS)
+    ours, theirs = (group_runs(read_runs(matching(name), datasets)) for name in options.compare)
+    return build_differences(ours, theirs)
+
+
+def matching(name: str) -> list[Path]:
+    """The path of this name, or else those that match it as a pattern; itself if none does."""
+    found = [] if Path(name).exists() else sorted(glob.glob(name))
+    return [Path(path) for path in found or [name]]
 
 
 def parse_arguments(argv=None):
@@ -51,7 +85,6 @@ def parse_arguments(argv=None):
         "paths",
         nargs="*",
         type=Path,
-        default=[Path("runs")],
         metavar="PATH",
         help="folders with runs or records somewhere in them, or summaries (default: runs)",
     )
@@ -70,6 +103,13 @@ def parse_arguments(argv=None):
         default=None,
         metavar="RECORDS",
         help="under the table: whether each row's means agree with these records",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="print A's means minus B's instead, with paired standard errors over the seeds that "
+        "both have; each is a folder, a summary, or a pattern in quotes",
     )
 
     for flag, help in (

@@ -1,4 +1,4 @@
-"""The comparison table as text, Markdown, CSV or LaTeX."""
+"""The comparison table, or one of differences, as text, Markdown, CSV or LaTeX."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ class Look(NamedTuple):
     plain: str = "{}"
     best: str = "{}"
     second: str = "{}"
-    with_deviation: str = "{:.1f}±{:.1f}"
+    with_deviation: str = "{:z.1f}±{:.1f}"  # z: no -0.0
     escape: Callable[[str], str] = str
 
     def number(self, cell: Cell | None, rank: int | None) -> str:
@@ -74,7 +74,7 @@ def printed_blocks(table: Table, look: Look) -> list[PrintedBlock]:
 
 def heads(table: Table) -> list[str]:
     """The column heads in one line: in %, runs, CUB acc, U, S, H, SUN acc, ..."""
-    texts = ["in %", "runs"]
+    texts = [table.unit, "runs"]
     for dataset, metric in table.columns:
         is_first = metric == "acc_zs"
         texts.append(f"{dataset} {METRICS[metric]}" if is_first else METRICS[metric])
@@ -83,7 +83,8 @@ def heads(table: Table) -> list[str]:
 
 def as_text(table: Table) -> str:
     """For a terminal: the best number in square brackets, the second in round ones."""
-    blocks = printed_blocks(table, Look(plain="{} ", best="[{}]", second="({})"))
+    look = Look(plain="{} ", best="[{}]", second="({})")
+    blocks = printed_blocks(table, look)
     name, runs, *metrics = heads(table)
     head = [name, runs, *(f"{text} " for text in metrics)]
 
@@ -99,7 +100,7 @@ def as_text(table: Table) -> str:
     lines = [aligned(head)]
     for title, rows in blocks:
         lines += ["", title, *map(aligned, rows)]
-    notes = table.footnotes("[Best] and (second) of a column.")
+    notes = table.footnotes(f"{table.legend(look.best, look.second)}.")
     return "\n".join([*lines, "", *notes, ""])
 
 
@@ -124,7 +125,7 @@ def as_markdown(table: Table) -> str:
         lines.append(markdown_line([f"*{title}*"] + [" "] * numbers))
         lines += map(markdown_line, rows)
 
-    notes = table.footnotes("**Best** and <u>second</u> of a column.", escape_markdown)
+    notes = table.footnotes(f"{table.legend(look.best, look.second)}.", escape_markdown)
     return "\n".join([*lines, "", "  \n".join(notes), ""])
 
 
@@ -152,7 +153,7 @@ def latex_head(table: Table) -> list[str]:
         r"\toprule",
         latex_line(["", "", *datasets]),
         "".join(rules),
-        latex_line([r"in \%", "runs", *metrics]),
+        latex_line([escape_latex(table.unit), "runs", *metrics]),
     ]
 
 
@@ -164,7 +165,7 @@ def as_latex(table: Table) -> str:
     look = Look(
         best=r"\textbf{{{}}}",
         second=r"\underline{{{}}}",
-        with_deviation=r"{:.1f}$_{{{:.1f}}}$",
+        with_deviation=r"{:z.1f}$_{{{:.1f}}}$",
         escape=escape_latex,
     )
     width = len(table.columns) + 2
@@ -175,14 +176,14 @@ def as_latex(table: Table) -> str:
         lines += map(latex_line, rows)
     lines += [r"\bottomrule", r"\end{tabular}"]
 
-    legend = r"\textbf{Best} and \underline{second} of a column; standard deviations are indices."
+    legend = f"{table.legend(look.best, look.second)}; {table.spread}s are indices."
     lines += [rf"\par {note}" for note in table.footnotes(legend, escape_latex)]
     return "\n".join([*lines, r"\par\endgroup", ""])
 
 
 def as_csv(table: Table) -> str:
     """For machines: a line for each row and dataset, means and deviations to four decimals."""
-    names = [name + end for name in METRICS for end in ("", "_std")]
+    names = [name + end for name in METRICS for end in ("", table.spread_suffix)]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["block", "method", "year", "dataset", "runs", *names, "measured_on"])

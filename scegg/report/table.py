@@ -61,6 +61,10 @@ class Table:
     notes: sentences under the table. marks: what each mark of a row means.
     """
 
+    # what the numbers and the deviations of cells are; a table of differences has others
+    unit = "in %"
+    spread, spread_suffix = "standard deviation", "_std"
+
     datasets: list[str]
     blocks: list[Block]
     notes: list[str]
@@ -86,6 +90,10 @@ class Table:
 
         value = row.printed(column)
         return best_two.index(value) + 1 if value in best_two else None
+
+    def legend(self, best: str, second: str) -> str:
+        """What a format's templates for the ranks mean."""
+        return f"{best.format('Best')} and {second.format('second')} of a column"
 
     def runs_of(self, row: Row) -> str:
         """The number of runs of a row, dataset by dataset: 3/3/-."""
