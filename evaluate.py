@@ -91,7 +91,7 @@ def check_numbers(files: RunFiles, options) -> bool:
         numbers, answers = evaluate_run(run, winners, device)
 
     rows = result_rows({"protocol": run.config.protocol} | numbers)
-    print(result_table(run.dataset, files.summary["full_published_split"], rows))
+    print(result_table(run.dataset, run.features.split.is_published(run.dataset), rows))
     if options.report:
         folder = options.output or options.run
         write_report(folder, answers, run.features.class_names)
