@@ -73,8 +73,6 @@ class Predictor:
         picked = winners.get("picked", {"gzsl": winners.get("global")})
         task = "gzsl" if "gzsl" in picked else "czsl"
         self.run_name, self.winner = files.folder.name, picked[task]
-        if self.winner is None:
-            raise UserError(f"{files.folder} has no classifier: it is a baseline with nepoch 0")
 
         shape = len(content["class_names"]), len(content["attribute_names"])
         classes = shape[0] if task == "gzsl" else len(content["unseen"])

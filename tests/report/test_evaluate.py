@@ -249,12 +249,6 @@ def test_a_strange_model_is_refused_in_one_line(trained, tmp_path, change):
         check(copy, features)
 
 
-def test_a_baseline_without_epochs_has_nothing_to_name_pictures_with(tmp_path):
-    _, run = train(tmp_path, **KINDS["cnn"], nepoch=0)
-    with pytest.raises(UserError, match="has no classifier: it is a baseline with nepoch 0"):
-        evaluate.main(["--run", str(run), "--images", str(tmp_path)])
-
-
 @pytest.mark.parametrize(
     "argv, message",
     [
