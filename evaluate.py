@@ -68,6 +68,8 @@ def parse_arguments(argv=None):
         wrong.append("--format")
     if wrong:
         raise UserError(f"{wrong[0]} goes {'without' if options.images else 'with'} --images")
+    if options.max_megapixels < 1:
+        raise UserError(f"--max_megapixels {options.max_megapixels}: must be at least 1")
     if options.output and not (options.report or options.attention):
         raise UserError("--output goes with --report or --attention")
     return options

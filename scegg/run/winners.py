@@ -76,7 +76,7 @@ class Winners:
 
     def load_state_dict(self, state: dict):
         """From a checkpoint."""
-        self.embedder, self.kept = state["embedder"], state["kept"]
+        self.embedder, self.kept = dict(state["embedder"]), dict(state["kept"])
 
 
 def share_equal_tensors(state: dict) -> dict:

@@ -255,6 +255,7 @@ def test_a_strange_model_is_refused_in_one_line(trained, tmp_path, change):
         (["--format", "csv"], "--format goes with --images"),
         (["--attention"], "--attention goes with --images"),
         (["--output", "x"], "--output goes with --report or --attention"),
+        (["--images", "a.jpg", "--max_megapixels", "0"], "--max_megapixels 0: must be at least 1"),
         (["--images", "a.jpg", "--report"], "--report goes without --images"),
         (["--features", "none.hdf5"], "none.hdf5 is missing"),
         (["--run", "nowhere"], "config.yaml is missing: name a run's folder"),
