@@ -77,7 +77,7 @@ def parse_arguments(argv=None):
 
 def device_of_run(files: RunFiles, name: str | None) -> torch.device:
     """The device named, else one of the run's kind if there is one, and a line if there is none."""
-    kind = files.summary.get("device", "cpu")
+    kind = "cuda" if files.summary.get("device") == "cuda" else "cpu"
     if name is None and kind == "cuda" and not torch.cuda.is_available():
         print("the run was computed on cuda, which is not here: this is on cpu", file=sys.stderr)
         kind = "cpu"

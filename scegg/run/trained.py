@@ -96,8 +96,7 @@ def read_results(folder: Path) -> tuple[dict, dict]:
         path = folder / "summary.json"
         summary = json.loads(path.read_text(text_encoding(path)))
         weights = load_tensors(folder / "model.pt")
-        dict(summary["config"])
-        _ = summary["dataset"], weights["split_fingerprint"]
+        _ = summary["config"].keys(), Path(summary["dataset"]), weights["split_fingerprint"]
         return summary, weights
     except UserError:
         raise

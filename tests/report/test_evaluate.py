@@ -249,6 +249,18 @@ def test_a_strange_model_is_refused_in_one_line(trained, tmp_path, change):
         check(copy, features)
 
 
+@pytest.mark.parametrize("changes", [{"dataset": 5}, {"config": []}, {"device": 5, "best_H": {}}])
+def test_a_strange_summary_is_no_traceback(trained, tmp_path, changes):
+    features, run = trained
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "summary.json").write_text(json.dumps(read_summary(run) | changes))
+    if "device" in changes:
+        assert check(copy, features) == 1  # best_H differs
+        return
+    with pytest.raises(UserError, match="summary.json or model.pt is damaged"):
+        check(copy, features)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
