@@ -68,6 +68,8 @@ def parse_arguments(argv=None):
         wrong.append("--format")
     if wrong:
         raise UserError(f"{wrong[0]} goes {'without' if options.images else 'with'} --images")
+    if options.max_megapixels < 1:
+        raise UserError(f"--max_megapixels {options.max_megapixels}: must be at least 1")
     if options.output and not (options.report or options.attention):
         raise UserError("--output goes with --report or --attention")
     return options
@@ -75,7 +77,7 @@ def parse_arguments(argv=None):
 
 def device_of_run(files: RunFiles, name: str | None) -> torch.device:
     """The device named, else one of the run's kind if there is one, and a line if there is none."""
-    kind = files.summary.get("device", "cpu")
+    kind = "cuda" if files.summary.get("device") == "cuda" else "cpu"
     if name is None and kind == "cuda" and not torch.cuda.is_available():
         print("the run was computed on cuda, which is not here: this is on cpu", file=sys.stderr)
         kind = "cpu"
@@ -91,7 +93,7 @@ def check_numbers(files: RunFiles, options) -> bool:
         numbers, answers = evaluate_run(run, winners, device)
 
     rows = result_rows({"protocol": run.config.protocol} | numbers)
-    print(result_table(run.dataset, files.summary["full_published_split"], rows))
+    print(result_table(run.dataset, run.features.split.is_published(run.dataset), rows))
     if options.report:
         folder = options.output or options.run
         write_report(folder, answers, run.features.class_names)

@@ -3,6 +3,7 @@
 Sections are those of docs/method.md: 1 the metrics, 6 the classifiers.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ class SoftmaxClassifier:
     """
 
     def __init__(self, x: Tensor, y: Tensor, classes: int, config: Config):
-        self.x, self.y, self.config = x, y, config
+        self.x, self.config = x, config
         # its weights are drawn by `fit`
         self.linear = nn.utils.skip_init(nn.Linear, x.shape[1], classes, device=x.device)
         self.optimizer = torch.optim.Adam(
@@ -143,7 +144,9 @@ class SoftmaxClassifier:
             capturable=x.is_cuda,
         )
         steps = -(-len(x) // config.syn_num)
-        self.epoch = graphed(self.train_epoch, self.linear, [self.optimizer], steps)
+        # not a method: in a cycle the inputs would outlive the run's evaluations
+        epoch = partial(train_epoch, self.linear, self.optimizer, x, y, config.syn_num)
+        self.epoch = graphed(epoch, self.linear, [self.optimizer], steps)
 
     def fit(self, score, chosen: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Train from first weights N(0, 0.02); score after every epoch.
@@ -174,16 +177,17 @@ class SoftmaxClassifier:
             for tensor in state.values():
                 tensor.zero_()
 
-    def train_epoch(self) -> Tensor:
-        """All steps of an epoch, in batches of syn_num; returns their losses (steps,)."""
-        order = torch.randperm(len(self.x), device=self.x.device)
-        losses = [
-            classifier_step(
-                self.linear, self.optimizer, self.x.index_select(0, batch), self.y[batch]
-            )
-            for batch in order.split(self.config.syn_num)
-        ]
-        return torch.stack(losses)
+
+def train_epoch(
+    linear: nn.Linear, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, batch_size: int
+) -> Tensor:
+    """All steps of an epoch on x (n, d) with labels y (n,); returns their losses (steps,)."""
+    order = torch.randperm(len(x), device=x.device)
+    losses = [
+        classifier_step(linear, optimizer, x.index_select(0, batch), y[batch])
+        for batch in order.split(batch_size)
+    ]
+    return torch.stack(losses)
 
 
 class Evaluation:

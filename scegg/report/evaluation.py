@@ -22,7 +22,15 @@ from scegg.method.evaluation import (
     seen_columns,
     seen_unseen_curve,
 )
-from scegg.run.trained import TrainedRun, restore_classifier, restore_eggn, restore_embedder
+from scegg.run.trained import (
+    TrainedRun,
+    channels_of,
+    not_fitting,
+    require_channels,
+    restore_classifier,
+    restore_eggn,
+    restore_embedder,
+)
 from util import without_none, write_text
 
 TEST_PARTS = ("test_seen", "test_unseen")
@@ -70,8 +78,9 @@ class Judge:
     @torch.no_grad()
     def embed(self, winner: dict) -> dict[str, Embedding]:
         """The Embedding of each part."""
-        run, device = self.run, self.device
-        embedder = restore_embedder(run.name, winner, run.config).to(device)
+        run, device, shape = self.run, self.device, self.split.att.shape
+        embedder = restore_embedder(run.name, winner, run.config, shape).to(device)
+        require_channels(run.name, winner, run.features.shape[0])
         found = {}
         for part in TEST_PARTS:
             indices = getattr(self.split, part)
@@ -93,7 +102,7 @@ class Judge:
         parts = self.embedded(winner)
         logits = {part: embedding.local_logits for part, embedding in parts.items()}
         if name == "global":
-            classifier = restore_classifier(self.run.name, winner).to(self.device)
+            classifier = restore_classifier(self.run.name, winner, self.classes).to(self.device)
             logits = {part: classifier(embedding.x) for part, embedding in parts.items()}
 
         seen, unseen = (parts[part].y for part in TEST_PARTS)
@@ -111,7 +120,8 @@ class Judge:
     def of_epoch(self, name: str, winners: dict) -> tuple[Metrics, list[Answers]]:
         """What the softmax classifiers of CZSL and GZSL reach, and what they say."""
         y = self.embedded(winners["czsl"])["test_unseen"].y
-        found = self.logits(winners["czsl"], "test_unseen").argmax(dim=1)
+        logits = self.logits(winners["czsl"], "test_unseen", len(self.unseen))
+        found = logits.argmax(dim=1)
         acc_zs = per_class_accuracy(torch.searchsorted(self.unseen, y), found, len(self.unseen))
         answers = [Answers(name, "czsl", y, self.unseen[found], self.unseen)]
         if "gzsl" not in winners:
@@ -121,7 +131,8 @@ class Judge:
         labels, predicted = [], []
         for part in TEST_PARTS:
             labels.append(self.embedded(winners["gzsl"])[part].y)
-            predicted.append((self.logits(winners["gzsl"], part) - bias).argmax(dim=1))
+            logits = self.logits(winners["gzsl"], part, self.classes)
+            predicted.append((logits - bias).argmax(dim=1))
         S, U = (
             per_class_accuracy(y, found, self.classes)
             for y, found in zip(labels, predicted, strict=True)
@@ -129,17 +140,20 @@ class Judge:
         gzsl = Answers(name, "gzsl", torch.cat(labels), torch.cat(predicted), self.unseen)
         return in_percent(acc_zs, (U, S)), [*answers, gzsl]
 
-    def logits(self, winner: dict, part: str) -> Tensor:
-        """The logits of a part's images by a winner's classifier."""
-        classifier = restore_classifier(self.run.name, winner).to(self.device)
+    def logits(self, winner: dict, part: str, classes: int) -> Tensor:
+        """The logits (n, classes) of a part's images by a winner's classifier."""
+        classifier = restore_classifier(self.run.name, winner, classes).to(self.device)
         return classifier(self.embedded(winner)[part].x)
 
     def ausuc(self, winner: dict) -> float:
         """The area under the seen-unseen curve of the last epoch's GZSL classifier."""
         eggn = restore_eggn(self.run)
         torch.nn.Module.to(eggn, self.device)  # without optimisers
-        linear = restore_classifier(self.run.name, winner).linear.to(self.device)
-        curve = seen_unseen_curve(eggn, linear, self.embedded(winner), self.unseen)
+        classifier = restore_classifier(self.run.name, winner, self.classes).to(self.device)
+        inputs = eggn.classifier_input(torch.zeros(1, channels_of(winner), device=self.device))
+        if inputs.shape[1] != classifier.linear.in_features:
+            raise not_fitting(self.run.name, "winners'")
+        curve = seen_unseen_curve(eggn, classifier.linear, self.embedded(winner), self.unseen)
         return area_under(curve)
 
 
@@ -171,7 +185,8 @@ def evaluate_run(
         numbers |= {f"{prefix}{key}": value for key, value in metrics._asdict().items()}
 
     if "picked" in winners:
-        numbers["best_epoch"] = list(winners["picked"].values())[-1]["epoch"]
+        picked = winners["picked"]
+        numbers["best_epoch"] = picked.get("gzsl", picked["czsl"])["epoch"]
     if "gzsl" in winners.get("nothing_picked", {}):
         numbers["ausuc"] = judge.ausuc(winners["nothing_picked"]["gzsl"])
     return without_none(numbers), answers

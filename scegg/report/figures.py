@@ -16,6 +16,7 @@ from scegg.run.main import Job
 from scegg.run.reuse import finished_runs
 from scegg.run.trained import TrainedRun, load_run, read_run, winners_of
 from scegg.run.wandb_mirror import Mirror
+from scegg.speed.onednn import fast_matmul
 from util import UserError
 
 IMAGES = 4  # that the attention figure shows
@@ -101,7 +102,8 @@ def log_classes(folder: Path, job: Job, mirror: Mirror):
     from scegg.report.evaluation import PER_CLASS, evaluate_run, per_class_rows
 
     run, winners = trained(folder, job), winners_of(read_run(folder))
-    _, answers = evaluate_run(run, winners, job.device)
+    with fast_matmul(job.device):  # as the run computed: the same answers
+        _, answers = evaluate_run(run, winners, job.device)
     names = job.features.class_names
     rows = [row for answer in answers for row in per_class_rows(answer, names)]
     mirror.log_table("per_class", PER_CLASS, rows)

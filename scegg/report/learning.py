@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from scegg.config import read_config
 from scegg.method.selection import TARGETS
 from scegg.report.style import PAGE, STYLE
-from util import UserError
+from util import UserError, text_encoding
 
 COLUMNS, HEIGHT = 3, 1.9  # panels in a row, inches of a panel
 FEW = 30  # points of a line, fewer of which are marked
@@ -139,7 +139,7 @@ def read_log(folder: Path) -> LoggedRun:
     config = dataclasses.asdict(read_config(folder / "config.yaml", {}))
     try:
         # behind the last line's end a line is being written
-        text, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+        text, _, _ = path.read_text(text_encoding(path)).rpartition("\n")
         lines = [dict(json.loads(line)) for line in text.splitlines()]
         if not all("stage" in line for line in lines):
             raise ValueError("a line without its stage")
@@ -155,7 +155,7 @@ def read_log(folder: Path) -> LoggedRun:
 def read_data(path: Path) -> dict:
     """What a run was trained on, as its summary says; nothing of an unfinished run."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = json.loads(path.read_text(text_encoding(path)))
         return {name: summary[name] for name in ("dataset", "features") if name in summary}
     except (OSError, ValueError, TypeError):
         return {}

@@ -24,7 +24,13 @@ from scegg.report.pictures import (
     read_crop,
 )
 from scegg.report.style import class_title, write_picture
-from scegg.run.trained import RunFiles, restore_classifier, restore_embedder, winners_of
+from scegg.run.trained import (
+    RunFiles,
+    require_channels,
+    restore_classifier,
+    restore_embedder,
+    winners_of,
+)
 from util import UserError, one_line
 
 CLASSES = 5  # that are named for a picture
@@ -66,11 +72,14 @@ class Predictor:
         content, self.config, winners = files.weights, files.config, winners_of(files)
         picked = winners.get("picked", {"gzsl": winners.get("global")})
         task = "gzsl" if "gzsl" in picked else "czsl"
-        winner = picked[task]
+        self.run_name, self.winner = files.folder.name, picked[task]
 
-        name = files.folder.name
-        self.embedder = restore_embedder(name, winner, self.config).to(device)
-        self.classifier = restore_classifier(name, winner).to(device)
+        shape = len(content["class_names"]), len(content["attribute_names"])
+        classes = shape[0] if task == "gzsl" else len(content["unseen"])
+        embedder = restore_embedder(self.run_name, self.winner, self.config, shape)
+        self.embedder = embedder.to(device)
+        classifier = restore_classifier(self.run_name, self.winner, classes)
+        self.classifier = classifier.to(device)
         self.backbone = load_backbone(
             self.config, content["features"], files.folder, weights, device
         )
@@ -110,6 +119,7 @@ class Predictor:
 
     def embed(self, maps: Tensor) -> tuple[Tensor, Seen | None]:
         """x (B, D) of the backbone's maps (B, D, h, w), as in training."""
+        require_channels(self.run_name, self.winner, maps.shape[1])
         if isinstance(self.embedder, Scaler):
             return self.embedder(maps.mean(dim=(2, 3))), None
 

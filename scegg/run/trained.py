@@ -21,6 +21,7 @@ from scegg.datasets.layouts import LAYOUTS, OWN
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
+from scegg.run.winners import check_model
 from util import UserError, is_of_disk, load_tensors, sha256, text_encoding, unreadable
 
 NOT_FINISHED = "the run is not finished"
@@ -95,8 +96,7 @@ def read_results(folder: Path) -> tuple[dict, dict]:
         path = folder / "summary.json"
         summary = json.loads(path.read_text(text_encoding(path)))
         weights = load_tensors(folder / "model.pt")
-        dict(summary["config"])
-        _ = summary["dataset"], weights["split_fingerprint"]
+        _ = summary["config"].keys(), Path(summary["dataset"]), weights["split_fingerprint"]
         return summary, weights
     except UserError:
         raise
@@ -221,14 +221,23 @@ def winners_of(files: RunFiles) -> dict:
             f"{path} is not the file that the run wrote (its SHA-256 is not that of summary.json): "
             "copy it again"
         )
+    try:
+        check_model(files.weights)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} was not written by a run ({type(error).__name__}: {error}): copy the run again"
+        ) from None
     return files.weights["winners"]
 
 
-def restore_embedder(run_name: str, winner: dict, config: Config) -> SCEN | Scaler:
-    """What made the features that a winner was trained on; its sizes are its weights' own.
+def restore_embedder(
+    run_name: str, winner: dict, config: Config, shape: tuple[int, int]
+) -> SCEN | Scaler:
+    """What made the features that a winner was trained on.
 
-    That is SCEN, or the scaler of pooled features in a run of the baseline. Raises UserError for
-    weights that do not fit.
+    That is SCEN, or the scaler of pooled features in a run of the baseline. shape (C, K) of the
+    class attributes; other sizes are the weights' own. Raises UserError for weights that do not
+    fit.
     """
     part = "scaler" if config.visual_features == "cnn" else "scen"
     try:
@@ -236,31 +245,54 @@ def restore_embedder(run_name: str, winner: dict, config: Config) -> SCEN | Scal
         if part == "scaler":
             network = Scaler(len(weights["minimum"]))
         else:
-            w2v, att = torch.zeros_like(weights["len.V"]), torch.zeros_like(weights["Z"])
-            network = new_scen(w2v, att, weights["len.W1"].shape[1], config)
+            w2v = torch.zeros(shape[1], weights["len.V"].shape[1])
+            network = new_scen(w2v, torch.zeros(shape), channels_of(winner), config)
     except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
         raise not_fitting(run_name, part) from None
     return restore(network, run_name, winner, part)
 
 
-def restore_classifier(run_name: str, winner: dict) -> nn.Module:
-    """The classifier of a winner, x (n, D) -> logits; raises UserError as restore_embedder.
+def channels_of(winner: dict) -> int:
+    """The channels D of the maps that a winner's embedder takes."""
+    if "scaler" in winner:
+        return len(winner["scaler"]["minimum"])
+    return winner["scen"]["len.W1"].shape[1]
 
-    It is the distilled one in what was kept after stage 2.
+
+def require_channels(run_name: str, winner: dict, channels: int):
+    """Raises UserError if a winner's embedder takes maps of other channels."""
+    if channels_of(winner) != channels:
+        raise not_fitting(run_name, "winners'")
+
+
+def restore_classifier(run_name: str, winner: dict, classes: int) -> nn.Module:
+    """The classifier of a winner, x (n, D) -> logits (n, classes).
+
+    It is the distilled one in what was kept after stage 2. Raises UserError as restore_embedder.
     """
     try:
-        if "global_cls" in winner:
-            first, last = winner["global_cls"]["0.weight"], winner["global_cls"]["2.weight"]
-            network = global_classifier(first.shape[1], len(first), len(last))
-            return restore(network, run_name, winner, "global_cls")
-
-        classes, inputs = winner["linear"]["weight"].shape
-        decoder = None
-        if "Dec" in winner:
-            hidden, channels = winner["Dec"]["fc1.weight"].shape
-            decoder = Decoder(channels, len(winner["Dec"]["fc3.weight"]), hidden)
-            restore(decoder, run_name, winner, "Dec")
+        classifier = new_classifier(run_name, winner)
+        logits = classifier(torch.zeros(1, channels_of(winner)))
+        fits = logits.shape == (1, classes)
     except (RuntimeError, KeyError, TypeError, AttributeError, IndexError, ValueError):
-        raise not_fitting(run_name, "winners'") from None
+        fits = False
+    if not fits:
+        raise not_fitting(run_name, "winners'")
+    return classifier
+
+
+def new_classifier(run_name: str, winner: dict) -> nn.Module:
+    """`restore_classifier` without its checks."""
+    if "global_cls" in winner:
+        first, last = winner["global_cls"]["0.weight"], winner["global_cls"]["2.weight"]
+        network = global_classifier(first.shape[1], len(first), len(last))
+        return restore(network, run_name, winner, "global_cls")
+
+    classes, inputs = winner["linear"]["weight"].shape
+    decoder = None
+    if "Dec" in winner:
+        hidden, channels = winner["Dec"]["fc1.weight"].shape
+        decoder = Decoder(channels, len(winner["Dec"]["fc3.weight"]), hidden)
+        restore(decoder, run_name, winner, "Dec")
     linear = restore(nn.Linear(inputs, classes), run_name, winner, "linear")
     return Classifier(decoder, linear)

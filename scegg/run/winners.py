@@ -76,7 +76,7 @@ class Winners:
 
     def load_state_dict(self, state: dict):
         """From a checkpoint."""
-        self.embedder, self.kept = state["embedder"], state["kept"]
+        self.embedder, self.kept = dict(state["embedder"]), dict(state["kept"])
 
 
 def share_equal_tensors(state: dict) -> dict:
@@ -102,6 +102,47 @@ def share_equal_tensors(state: dict) -> dict:
         return value
 
     return shared(state)
+
+
+# ---- what model.pt has to hold
+
+NETWORKS = {"scen", "scaler", "global_cls", "Dec", "linear"}
+OF_STAGES = {"local": set(), "global": {"global_cls"}}  # what they have beside the embedder
+OF_EPOCHS = ("picked", "last_epoch", "nothing_picked", "validation")
+
+
+def check_model(model: dict):
+    """Raises an error for what no run writes: winners, and what `description` says.
+
+    It is a ValueError, KeyError, TypeError or AttributeError. Sizes are not looked at.
+    """
+    for name, kept in model["winners"].items():
+        if name in OF_STAGES:
+            check_winner(kept, OF_STAGES[name])
+            continue
+        if name not in OF_EPOCHS or not {"czsl"} <= set(kept) <= {"czsl", "gzsl"}:
+            raise ValueError(f"winners {name}")
+        for winner in kept.values():
+            check_winner(winner, {"linear"})
+            if type(winner["epoch"]) is not int:
+                raise TypeError("epoch")
+
+    names, unseen = [*model["class_names"], *model["attribute_names"]], model["unseen"]
+    if not all(isinstance(name, str) for name in names) or not isinstance(model["features"], dict):
+        raise TypeError("names")
+    if not unseen or not set(unseen) <= set(range(len(model["class_names"]))):
+        raise ValueError("unseen")
+
+
+def check_winner(winner: dict, parts: set[str]):
+    """Raises an error as check_model does; parts: networks that the winner must have."""
+    networks = {name: weights for name, weights in winner.items() if name != "epoch"}
+    embedders = {"scen", "scaler"} & set(networks)
+    if not parts <= set(networks) <= NETWORKS or len(embedders) != 1:
+        raise ValueError("networks")
+    for weights in networks.values():
+        if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+            raise TypeError("weights")
 
 
 def description(dataset: str, features: Features, config: Config) -> dict:

@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, and the softmax classifier on data it must learn."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -111,6 +113,19 @@ def test_a_classifier_that_is_trained_again_is_a_new_one():
         assert torch.equal(classifier.linear.bias, expected.bias)
         assert torch.equal(after, torch.rand(1))
     assert classifier.linear.weight.data_ptr() == first_address
+
+
+def test_a_classifier_that_is_done_with_leaves_its_memory_at_once():
+    """Its inputs take a GB; with protocol validated a second run follows."""
+    classifier = SoftmaxClassifier(torch.rand(40, 6), torch.arange(40) % 4, 4, CONFIG)
+    inputs = weakref.ref(classifier.x)
+    gc.disable()
+    try:
+        classifier.epoch()
+        del classifier
+        assert inputs() is None
+    finally:
+        gc.enable()
 
 
 def small_evaluation(chosen=None, **changes):

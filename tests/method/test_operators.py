@@ -55,6 +55,6 @@ def test_operators_of_a_classifiers_epoch():
     """An epoch is a permutation, its steps, and the losses put together: 14 a step, and 2."""
     x, y = torch.rand(40, 6), torch.arange(40) % 5
     config = dataclasses.replace(CONFIG, syn_num=10)
-    names = operators_of(SoftmaxClassifier(x, y, 5, config).train_epoch)
+    names = operators_of(SoftmaxClassifier(x, y, 5, config).epoch)
     assert names.count("_fused_adam_") == 4
     assert len(names) <= 15 * 4 + 2

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from helpers import (
     small_run_arguments,
     write_features,
 )
-from scegg.report.evaluation import is_number
-from util import UserError, save_tensors
+from scegg.method.evaluation import Scores, in_percent
+from scegg.method.selection import Selection
+from scegg.report.evaluation import Judge, evaluate_run, is_number
+from scegg.run.winners import Winners
+from util import UserError, save_tensors, sha256
 
 WITHOUT_GUIDE = {"rec_seen_cls_weight": 0, "gen_unseen_cls_weight": 0}
 JOINT = {"scen_schedule": "joint", "joint_every": 2, "joint_refresh": 14, "joint_lr": 1e-3}
@@ -74,6 +78,25 @@ def test_every_number_is_computed_again_to_the_last_digit(tmp_path, capsys, kind
     assert f"all {len(numbers)} numbers of summary.json are the same" in said
     expected = {"scen alone": 8, "cnn": 14, "czsl, mlp": 12}.get(kind, 22)
     assert len(numbers) == expected
+
+
+def test_the_epoch_that_is_named_is_gzsls_wherever_it_was_picked(monkeypatch):
+    """With protocol validated it can come before CZSL's, and then it is kept first."""
+    epochs = [(1, "gzsl"), (3, "czsl")]
+    selection, winners = Selection(True, {kind: (epoch, 0) for epoch, kind in epochs}), Winners()
+    of_kinds = {"czsl": {}, "gzsl": {}}
+    scores = Scores(torch.ones(1), torch.ones(1, 2), None, {"picked": of_kinds, "last": of_kinds})
+    for epoch, _ in epochs:
+        selection.update(epoch, scores)
+        winners.keep_epoch(epoch, selection, scores, None, last=False)
+
+    monkeypatch.setattr(Judge, "__init__", lambda *_: None)
+    monkeypatch.setattr(Judge, "of_epoch", lambda *_: (in_percent(1), []))
+    run = SimpleNamespace(
+        config=SimpleNamespace(protocol="validated"), features=SimpleNamespace(split=None)
+    )
+    numbers, _ = evaluate_run(run, winners.kept, None)
+    assert numbers["best_epoch"] == selection.epoch == 1
 
 
 def test_a_winner_is_of_its_own_epoch_and_equal_tensors_are_stored_once(tmp_path):
@@ -166,12 +189,85 @@ def test_a_model_that_is_not_the_runs_own_is_refused(trained, tmp_path):
         check(tmp_path / "run", features)
 
 
+def drop(*path):
+    """What takes an entry out of a nested dict."""
+
+    def change(content):
+        for name in path[:-1]:
+            content = content[name]
+        del content[path[-1]]
+
+    return change
+
+
+def put(value, *path):
+    """What replaces an entry of a nested dict."""
+
+    def change(content):
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = value
+
+    return change
+
+
+BEST = ("winners", "picked", "gzsl")
+STRANGE = [
+    put(3, "winners"),
+    put({}, "winners", "other"),
+    put([], *BEST),
+    drop("winners", "picked", "czsl"),
+    drop(*BEST, "epoch"),
+    drop(*BEST, "scen"),
+    drop(*BEST, "scen", "Z"),
+    drop(*BEST, "linear"),
+    drop(*BEST, "Dec"),
+    drop("winners", "nothing_picked", "gzsl", "Dec"),
+    drop("winners", "global", "global_cls"),
+    put(torch.zeros(()), *BEST, "linear", "weight"),
+    put({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, *BEST, "linear"),
+    put(torch.zeros(3, 3), *BEST, "scen", "len.V"),
+    put("text", *BEST, "Dec", "fc1.weight"),
+    drop("class_names"),
+    put([99], "unseen"),
+    put(None, "features"),
+]
+
+
+@pytest.mark.parametrize("change", STRANGE)
+def test_a_strange_model_is_refused_in_one_line(trained, tmp_path, change):
+    """A hand-made one, whose hash stands in summary.json."""
+    features, run = trained
+    copy = shutil.copytree(run, tmp_path / "run")
+    content = torch.load(copy / "model.pt", weights_only=True)
+    change(content)
+    save_tensors(copy / "model.pt", content)
+    summary = read_summary(run) | {"model_sha256": sha256(copy / "model.pt")}
+    (copy / "summary.json").write_text(json.dumps(summary))
+
+    with pytest.raises(UserError, match="not written by a run|do not fit"):
+        check(copy, features)
+
+
+@pytest.mark.parametrize("changes", [{"dataset": 5}, {"config": []}, {"device": 5, "best_H": {}}])
+def test_a_strange_summary_is_no_traceback(trained, tmp_path, changes):
+    features, run = trained
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "summary.json").write_text(json.dumps(read_summary(run) | changes))
+    if "device" in changes:
+        assert check(copy, features) == 1  # best_H differs
+        return
+    with pytest.raises(UserError, match="summary.json or model.pt is damaged"):
+        check(copy, features)
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["--format", "csv"], "--format goes with --images"),
         (["--attention"], "--attention goes with --images"),
         (["--output", "x"], "--output goes with --report or --attention"),
+        (["--images", "a.jpg", "--max_megapixels", "0"], "--max_megapixels 0: must be at least 1"),
         (["--images", "a.jpg", "--report"], "--report goes without --images"),
         (["--features", "none.hdf5"], "none.hdf5 is missing"),
         (["--run", "nowhere"], "config.yaml is missing: name a run's folder"),

@@ -307,7 +307,7 @@ def test_no_step_waits_for_the_device(monkeypatch):
 
         softmax = SoftmaxClassifier(eggn.classifier_input(fake), fake_y, 9, CONFIG)
         softmax.start_anew()
-        losses = softmax.train_epoch()
+        losses = softmax.epoch()
         for chosen in (None, 1):
             Kept(softmax.linear, chosen).look(losses[0])
         with pytest.raises(DataDependentOutputException):
