@@ -46,7 +46,9 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(features, tm
     argv = arguments(features, tmp_path / "runs", {"ngh": 256, "ndh": 256})
     done = subprocess.run([*limited, *argv], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and "raise the limit (ulimit -f)" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "raise the limit (ulimit -f)" in done.stderr, (
+        done.stderr
+    )
 
     (folder,) = (tmp_path / "runs").iterdir()
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
