@@ -22,6 +22,7 @@ from util import (
     atomic_path,
     exit_on_user_error,
     make_folder,
+    remedy,
     text_encoding,
     write_text,
 )
@@ -54,15 +55,16 @@ def find_pictures(folder: Path) -> Pictures:
 
     files, labels, others = [], [], 0
     for label, name in enumerate(classes):
-        inside = sorted(path.name for path in (folder / name).iterdir() if is_shown(path))
-        pictures = [file for file in inside if Path(file).suffix.lower() in SUFFIXES]
+        inside = sorted(path for path in (folder / name).iterdir() if is_shown(path))
+        pictures = [path.name for path in inside if is_picture(path)]
         if not pictures:
             raise UserError(f"{folder / name} holds no picture ({', '.join(sorted(SUFFIXES))})")
         others += len(inside) - len(pictures)
         files += [f"{name}/{file}" for file in pictures]
         labels += [label] * len(pictures)
     if others:
-        print(f"{folder}: {others} files that are no pictures are left out")
+        print(f"{folder}: {others} files that are no pictures are left out (so are inner folders)")
+    check_names(folder, files)
     return Pictures(classes, files, np.array(labels))
 
 
@@ -71,12 +73,30 @@ def is_shown(path: Path) -> bool:
     return not path.name.startswith(".")
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file has a picture's ending; folders and links to nothing are no files."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def check_names(folder: Path, files: list[str]):
+    """Raises UserError for a path that a .mat file cannot hold, or that is read as another one."""
+    for file in files:
+        is_utf8 = not any("\ud800" <= letter <= "\udfff" for letter in file)
+        if not is_utf8 or "\\" in file:
+            raise UserError(
+                f"{folder / file}: names must be UTF-8, without a backslash: give it another name"
+            )
+
+
 def read_seen(path: Path, classes: list[str]) -> np.ndarray:
     """Which classes are seen (C,). Raises UserError for a missing file and an unknown class."""
     try:
         lines = path.read_text(encoding=text_encoding(path)).splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--seen {path} could not be read ({error})") from None
+    except OSError as error:
+        reason = f"{error.strerror}): {remedy(error)}"
+        raise UserError(f"--seen {path} could not be read ({reason}") from None
+    except UnicodeError as error:
+        raise UserError(f"--seen {path} is no UTF-8 ({error}): save it as UTF-8") from None
     seen = {line.strip() for line in lines if line.strip()}
 
     unknown = sorted(seen - set(classes))

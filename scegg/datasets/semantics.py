@@ -32,6 +32,8 @@ def read_semantics(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str
         return checked(table, path, len(classes)), names
     except UserError:
         raise
+    except UnicodeError as error:
+        raise UserError(f"{path} is no UTF-8 ({error}): save it as UTF-8") from None
     except Exception as error:  # a damaged or hostile file can raise anything
         if is_of_disk(error):
             raise unreadable(path, error) from None
@@ -66,14 +68,16 @@ def read_csv(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str] | No
     if numbers_of(lines[0][1]) is None:
         names = [name.strip() for name in lines.pop(0)[1][1:]]
     length = len(names or lines[0][1][1:])
+    if not length:
+        raise UserError(f"{path}: commas must divide each line into a class and its numbers")
     rows = {}
     for number, row in lines:
-        values = numbers_of(row)
-        if values is None or len(values) != length or not length:
+        name, values = row[0].strip(), numbers_of(row)
+        if values is None or len(values) != length:
             raise UserError(f"{path}, line {number}: expected a class and {length} numbers")
-        if row[0] in rows:
-            raise UserError(f"{path}, line {number}: the class {row[0]} stands twice")
-        rows[row[0]] = values
+        if name in rows:
+            raise UserError(f"{path}, line {number}: the class {name} stands twice")
+        rows[name] = values
 
     missing = [name for name in classes if name not in rows]
     if missing:

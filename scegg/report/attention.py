@@ -18,7 +18,7 @@ from scegg.datasets.xlsa17 import image_tail, places_of_images
 from scegg.features.images import MEGAPIXELS
 from scegg.features.reader import normalize_positions
 from scegg.report.pictures import load_backbone, read_crop
-from scegg.report.style import PAGE, STYLE, class_title
+from scegg.report.style import NAMES_STYLE, PAGE, class_title
 from scegg.run.trained import TrainedRun, restore_scen
 from util import UserError
 
@@ -186,7 +186,7 @@ def figure_of(rows: list[list[Picture]]) -> Figure:
     height = len(rows) * (side + HEAD)
     width_of_picture, height_of_picture = 0.96 / columns, 0.96 * side / height
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(NAMES_STYLE):
         figure = Figure(figsize=(PAGE, height))
         for row, pictures in enumerate(rows):
             bottom = 1 - (row + 1) * (side + HEAD) / height

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from scegg.method.evaluation import area_under
-from scegg.report.style import PAGE, STYLE
+from scegg.report.style import NAMES_STYLE, PAGE
 from util import UserError, text_encoding
 
 COLUMNS = ("seen_bias", "acc_seen", "acc_unseen")
@@ -51,7 +51,7 @@ def curve_figure(curve: np.ndarray, name: str) -> Figure:
     at_zero = max(np.searchsorted(bias, 0, side="right") - 1, 0)
     label = f"seen_bias = 0: U {U[at_zero]:.1f}, S {S[at_zero]:.1f}"
 
-    with matplotlib.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 8}):
+    with matplotlib.rc_context(NAMES_STYLE | {"font.size": 8, "axes.titlesize": 8}):
         figure = Figure(figsize=(PAGE / 2, PAGE / 2), layout="constrained")
         axes = figure.add_subplot(
             title=f"{name}: AUSUC {ausuc:.3f}",

@@ -16,6 +16,8 @@ STYLE = {
     "pdf.fonttype": 42,  # letters stay letters in the PDF, which publishers ask for
     "savefig.dpi": 300,
 }
+# a $ in a name is a $; STYLE alone lets matplotlib write the powers of logarithmic axes
+NAMES_STYLE = STYLE | {"text.parse_math": False}
 # without a date or a version: the same figure is the same file
 METADATA = {"pdf": {"CreationDate": None}, "png": {"Software": None}}
 

@@ -19,7 +19,7 @@ from model import SCEN
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.splits import Split
 from scegg.features.reader import READ_AT_ONCE, normalize_positions
-from scegg.report.style import PAGE, STYLE, class_title
+from scegg.report.style import NAMES_STYLE, PAGE, class_title
 from scegg.run.trained import TrainedRun, restore_eggn, restore_scen
 from util import UserError
 
@@ -63,7 +63,7 @@ def tsne_figure(run: TrainedRun, cnn: TrainedRun | None = None, seed: int = 0) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         panels = tsne_panels(run, cnn, seed)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(NAMES_STYLE):
         return draw_tsne(panels, run)
 
 

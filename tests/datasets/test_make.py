@@ -1,5 +1,7 @@
 """A dataset from a folder of pictures and a table: what is made, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -124,6 +126,11 @@ def test_vectors_without_words(own, capsys):
         (lambda own: (own / "seen.txt").write_text("cow\ncat\n"), "cow is no class"),
         (lambda own: (own / "seen.txt").write_text("cat\n"), "names 1 of 5 classes"),
         (lambda own: (own / "seen.txt").unlink(), "--seen seen.txt could not be read"),
+        (lambda own: (own / "seen.txt").write_bytes(b"k\xe4fer"), "seen.txt is no UTF-8"),
+        (lambda own: (own / "pets.csv").write_bytes(b"k\xe4fer,1\n"), "pets.csv is no UTF-8"),
+        (lambda own: (own / "pets.csv").write_text("cat;1;2\n"), "commas must divide each line"),
+        (lambda own: (own / "pets/cat/0.jpg").rename("pets/cat/0\\.jpg"), "without a backslash"),
+        (lambda own: os.rename("pets/cat/0.jpg", b"pets/cat/k\xe4fer.jpg"), "must be UTF-8"),
         (lambda own: (own / "pets/emu").mkdir(), "emu holds no picture"),
         (lambda own: (own / "pets.csv").write_text("cat,1,2\n"), "no line for 4 of 5 classes"),
         (lambda own: (own / "pets.csv").write_text("cat,1,2\ncat,1,2\n"), "line 2: .*twice"),
@@ -138,6 +145,16 @@ def test_mistakes_are_one_line(own, change, message):
         made()
     assert "\n" not in str(caught.value)
     assert not (own / "data/xlsa17").exists()
+
+
+def test_only_files_are_pictures_and_blanks_around_names_do_not_count(own, capsys):
+    (own / "pets/cat/inner.jpg").mkdir()
+    (own / "pets/cat/gone.jpg").symlink_to("nowhere")
+    (own / "pets.csv").write_text((own / "pets.csv").read_text().replace(",", " , "))
+    made()
+    assert "3 files that are no pictures" in capsys.readouterr().out
+    find_layout("PETS", own / "data")
+    assert len(read_dataset(own / "data", "PETS")[2]) == 6 * len(CLASSES)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,16 @@ from model import LEN, SCEN
 from report_helpers import IMG_SIZE
 from scegg.features.reader import Features
 from scegg.report.attention import (
+    Picture,
     attend,
     attention_figure,
     attribute_title,
     dataset_images,
+    figure_of,
     heat_over,
     read_images,
 )
-from scegg.report.style import class_title
+from scegg.report.style import class_title, write_picture
 from scegg.run.trained import load_run, restore_scen
 from util import UserError
 
@@ -117,6 +119,12 @@ def test_heat_lies_where_the_attention_is():
 )
 def test_attribute_titles(name, title):
     assert attribute_title(name) == title
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    row = [Picture("$x^$", np.zeros((4, 4, 3)))]
+    write_picture(figure_of([row]), tmp_path / "dollars.pdf")
+    assert (tmp_path / "dollars.pdf").exists()
 
 
 def test_class_titles():
