@@ -105,8 +105,9 @@ def check_numbers(files: RunFiles, options) -> bool:
     if wrong:
         print(
             f"{len(wrong)} numbers differ: the run was computed on {files.summary.get('device')}, "
-            f"this on {device.type}. On another processor, or with another torch, rounding can "
-            "change last digits and move an image to another class",
+            f"this on {device.type}. Is {run.features.path} the file it was trained on, else name "
+            "it with --features? On another processor, or with another torch, rounding can change "
+            "last digits and move an image to another class",
             file=sys.stderr,
         )
     else:

@@ -193,6 +193,15 @@ def add_own_layouts(data_root: Path):
             print(f"left out: {error}", file=sys.stderr)
 
 
+def require_known(dataset, where: str = ""):
+    """Raises UserError for a dataset of a run that no description here names."""
+    if dataset not in list(LAYOUTS):  # a list: what a file holds may have no hash
+        raise UserError(
+            f"{where}there is no dataset {dataset}; if it is one of your own, put its description "
+            f"into data/{dataset}/{OWN}"
+        )
+
+
 def add_layout_flag(parser: argparse.ArgumentParser):
     """--layout, for commands that take --dataset."""
     parser.add_argument(

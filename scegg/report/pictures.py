@@ -37,7 +37,11 @@ def load_backbone(
     provenance: how they were made, as the file `source` says it. weights: the state dict, if it is
     not the pretrained one. Raises UserError for weights that the features were not made with.
     """
-    network, made_with = build_backbone(config.backbone, weights, config.img_size)
+    try:
+        network, made_with = build_backbone(config.backbone, weights, config.img_size)
+    except UserError as error:  # of a download, say, where the run had a file of its own
+        wanted = provenance.get("weights", "not named")
+        raise UserError(f"{error} (the weights of {source}: {wanted})") from None
     sha256 = made_with["weights_sha256"]
     if provenance.get("weights_sha256", sha256) != sha256:
         raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scegg.config import FIELDS
-from scegg.datasets.layouts import LAYOUTS
+from scegg.datasets.layouts import NAME, require_known
 from scegg.report.table import METRICS
 from util import UserError, text_encoding
 
@@ -141,6 +141,8 @@ def gather(paths: list[Path]) -> tuple[list[FinishedRun], int]:
             runs.append(read_run(file))
         except OSError as error:
             warn(f"{file} is left out: {error.strerror}")
+        except UserError as error:
+            warn(f"{file} is left out: {error}")
         except (ValueError, RecursionError) as error:
             warn(f"{file} is left out: it is no run's summary ({error})")
     return runs, unfinished
@@ -160,7 +162,8 @@ def count_unfinished(folder: Path) -> int:
 def read_run(path: Path) -> FinishedRun:
     """The run of a summary file.
 
-    Raises OSError, or ValueError that names the first key whose value no run writes.
+    Raises OSError, ValueError that names the first key whose value no run writes, or UserError for
+    a dataset that nothing here describes.
     """
     text = path.read_text(text_encoding(path))
     summary = json.loads(text)
@@ -171,6 +174,7 @@ def read_run(path: Path) -> FinishedRun:
     for name in CHECKED:
         if not is_possible(name, summary.get(name)):
             raise ValueError(f"its {name} is {summary.get(name, 'missing')!r:.40}")
+    require_known(summary["dataset"])
     return FinishedRun(path, text, summary)
 
 
@@ -182,7 +186,7 @@ def is_possible(name: str, value) -> bool:
     # in lists: a value that cannot be hashed is no error of its own
     match name:
         case "dataset":
-            return value in list(LAYOUTS)
+            return isinstance(value, str) and NAME.fullmatch(value) is not None
         case "protocol":
             return value in list(SELECTIONS)
         case "seed":

@@ -206,7 +206,7 @@ def prepare(
     if feature_path is None and saved:
         feature_path = Path(saved["notes"]["features"])
     if feature_path is None:
-        feature_path = made_features(dataset, config.backbone)
+        feature_path = made_features(dataset, config)
     features = open_features(feature_path, config.backbone, config.img_size, dataset)
     check_against_xlsa17(options.data_root, dataset, features)
 
@@ -242,12 +242,12 @@ def storage_of_maps(features: Features, device: torch.device, options) -> Storag
     return choose_storage(size, device, folder, packed, options.cache)
 
 
-def made_features(dataset: str, backbone: str) -> Path:
-    """Where preprocessing.py puts the features of a backbone.
+def made_features(dataset: str, config: Config) -> Path:
+    """Where preprocessing.py puts the features that a config asks for.
 
     Raises UserError with the command that makes them, and what else is there.
     """
-    path = feature_file(dataset, backbone)
+    path = feature_file(dataset, config.backbone)
     if path.is_file():
         return path
 
@@ -255,7 +255,7 @@ def made_features(dataset: str, backbone: str) -> Path:
     hint = f" (there is {others}: give its --backbone)" if others else ""
     raise UserError(
         f"{path} is missing: make it with preprocessing.py --dataset {dataset} --backbone "
-        f"{backbone}, or name it with --features{hint}"
+        f"{config.backbone} --img_size {config.img_size}, or name it with --features{hint}"
     )
 
 

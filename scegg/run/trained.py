@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from model import SCEN, Decoder, Scaler, global_classifier
 from scegg.config import Config, read_config
-from scegg.datasets.layouts import LAYOUTS, OWN
+from scegg.datasets.layouts import require_known
 from scegg.features.feature_file import feature_file
 from scegg.features.reader import Features, open_features
 from scegg.method.eggn import EGGN
@@ -115,11 +115,7 @@ def with_features(files: RunFiles, features: Path | None = None) -> TrainedRun:
     """
     folder, config = files.folder, files.config
     dataset, fingerprint = files.summary["dataset"], files.weights["split_fingerprint"]
-    if dataset not in list(LAYOUTS):
-        raise UserError(
-            f"{folder / 'summary.json'}: there is no dataset {dataset}; if it is one of your own, "
-            f"put its description into {Path('data', dataset, OWN)}"
-        )
+    require_known(dataset, f"{folder / 'summary.json'}: ")
 
     path = features or feature_file(dataset, config.backbone)
     opened = open_features(path, config.backbone, config.img_size, dataset)

@@ -315,6 +315,13 @@ def test_what_is_no_summary_is_named_and_left_out(tmp_path, capsys, content):
     check_left_out(tmp_path, capsys, bad)
 
 
+def test_an_own_dataset_without_its_description_is_told_where_that_goes(tmp_path, capsys):
+    bad = write_run(tmp_path, "bad", seed=5, dataset="PONIES")
+    check_left_out(tmp_path, capsys, bad)
+    _, err = table_rows(capsys, tmp_path)
+    assert "put its description into data/PONIES/layout.yaml" in err
+
+
 @pytest.mark.parametrize("changes", WRONG_VALUES.values(), ids=WRONG_VALUES)
 def test_a_summary_with_a_wrong_value_is_named_and_left_out(tmp_path, capsys, changes):
     bad = write_run(tmp_path, "bad", **{"seed": 5} | changes)

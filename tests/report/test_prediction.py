@@ -12,6 +12,7 @@ from PIL import Image
 
 import evaluate
 from report_helpers import train_on_toy
+from scegg.config import CONFIG_FOLDER, read_config
 from scegg.report import evaluation, pictures
 from scegg.report.evaluation import Judge
 from scegg.report.prediction import Predictor, predict
@@ -177,3 +178,13 @@ def test_other_weights_than_the_features_had_are_refused(toy_run, alone, capsys,
     monkeypatch.setattr("scegg.features.backbones.hash_weights", lambda network: "0" * 64)
     with pytest.raises(UserError, match="was made with the weights .*: give that file as --weig"):
         name_pictures(capsys, alone, toy_pictures(toy_run)[0])
+
+
+def test_weights_that_cannot_be_had_are_named(monkeypatch):
+    def offline(*args):
+        raise UserError("no download")
+
+    monkeypatch.setattr(pictures, "build_backbone", offline)
+    config = read_config(CONFIG_FOLDER / "toy.yaml", {})
+    with pytest.raises(UserError, match="no download .the weights of runs/X: own.pth."):
+        pictures.load_backbone(config, {"weights": "own.pth"}, "runs/X", None, torch.device("cpu"))

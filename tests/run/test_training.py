@@ -243,6 +243,7 @@ def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
         assert done.stderr.count("\n") == 1, done.stderr
         assert done.stderr.startswith("error: ")
         assert "make it with preprocessing.py" in done.stderr
+        assert f"--img_size {448 if dataset else 224}" in done.stderr
 
 
 def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
