@@ -322,5 +322,7 @@ def build_table(groups: list[Group], datasets: list[str]) -> Table:
 def in_words(data: MeasuredOn) -> str:
     """What marked rows were measured on, in words."""
     full = "the full published one" if data.full_published_split else "not the full published one"
+    stored = "" if data.dtype == "float32" else f" as {data.dtype}"
     words = ", Gaussian word vectors" if data.gaussian_words else ""
-    return f"{data.dataset}, split {data.split} ({full}), features of {data.backbone}{words}"
+    features = f"features of {data.backbone}{stored}{words}"
+    return f"{data.dataset}, split {data.split} ({full}), {features}"

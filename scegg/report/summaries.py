@@ -37,10 +37,17 @@ CHECKED = [
     "backbone",
     "split_fingerprint",
     "w2v",
+    "dtype",
     *ACCURACIES,
 ]
 # what the summaries of older versions lack
-DEFAULTS = {"method": "SC-EGG", "protocol": "paper", "config": None, "w2v": None}
+DEFAULTS = {
+    "method": "SC-EGG",
+    "protocol": "paper",
+    "config": None,
+    "w2v": None,
+    "dtype": "float32",
+}
 # of keys that a run's version had not yet
 KEYS_DEFAULTS = {
     name: field.default
@@ -57,12 +64,16 @@ class MeasuredOn(NamedTuple):
     backbone: str
     full_published_split: bool
     gaussian_words: bool  # of the attributes, in the place of word2vec's vectors
+    dtype: str  # in which the maps are stored
 
     @property
     def is_benchmark(self) -> bool:
-        """Whether published methods were measured so: full split, ResNet-101, vectors of words."""
-        on_resnet = self.backbone == "resnet101"
-        return self.full_published_split and on_resnet and not self.gaussian_words
+        """Whether published methods were measured so.
+
+        That is on the full split, on ResNet-101's maps as float32, with vectors of words.
+        """
+        on_its_maps = (self.backbone, self.dtype) == ("resnet101", "float32")
+        return self.full_published_split and on_its_maps and not self.gaussian_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +92,7 @@ class FinishedRun:
         """Its dataset, split and backbone."""
         names = ("dataset", "split_fingerprint", "backbone", "full_published_split")
         data = (self.summary[name] for name in names)
-        return MeasuredOn(*data, self.summary["w2v"] == "gaussian")
+        return MeasuredOn(*data, self.summary["w2v"] == "gaussian", self.summary["dtype"])
 
     @property
     def kind(self) -> tuple[MeasuredOn, str, str]:

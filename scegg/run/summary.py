@@ -38,6 +38,7 @@ def summarise(
         **identity_of_data(features),
         "full_published_split": features.split.is_published(dataset),
         "w2v": features.provenance.get("w2v"),
+        "dtype": features.provenance.get("dtype", "float32"),
         "git_commit": git_commit(),
         **identity_of_code(device),
         "seconds": seconds_of_stages(notes["seconds"]),

@@ -129,6 +129,14 @@ def test_only_rows_on_the_published_benchmark_are_ranked(tmp_path, capsys):
     assert rows["ours, last epoch", "CUB"]["measured_on"] == ""
 
 
+def test_maps_in_two_bytes_have_rows_of_their_own(tmp_path, capsys):
+    write_run(tmp_path, "float32")
+    write_run(tmp_path, "float16", dtype="float16")
+    out, err = printed_table(capsys, tmp_path, format="markdown")
+    assert "SC-EGG, best on test |" in out and "SC-EGG, best on test †1 |" in out
+    assert "features of resnet101 as float16" in out and err == ""
+
+
 def test_a_full_run_on_gaussian_word_vectors_is_marked_and_not_ranked(tmp_path, capsys):
     best = dict.fromkeys(accuracies(0, ("local_", "global_", "best_", "last_")), 99.0)
     write_run(tmp_path, "words", w2v="CUB_attribute.pkl")
