@@ -266,7 +266,7 @@ def test_missing_features_name_the_command_and_what_is_there(tmp_path, monkeypat
     (tmp_path / "data/CUB").mkdir(parents=True)
     (tmp_path / "data/CUB/feature_map_efficientnet_lite2_CUB.hdf5").touch()
 
-    command = "preprocessing.py --dataset CUB --backbone resnet101"
+    command = "preprocessing.py --dataset CUB --backbone resnet101 --img_size 448"
     with pytest.raises(UserError, match=f"{command}, .*there is feature_map_efficientnet"):
         run_training("CUB", "sun_gzsl.yaml", [])
 
