@@ -27,7 +27,10 @@ from util import (
     write_text,
 )
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"),
+    *(".tif", ".tiff", ".webp"),
+}
 IMAGES = "images"  # the folder of the pictures, and the anchor of their paths
 VAL_SHARE = 0.25  # of the seen classes are val classes, for protocol: validated
 

@@ -270,13 +270,6 @@ class Evaluation:
         return score
 
 
-def evaluate(
-    eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
-) -> Scores:
-    """The scores of a single `Evaluation`."""
-    return Evaluation(eggn, embeddings, unseen, config).scores(embeddings)
-
-
 # ---- the seen-unseen curve
 
 

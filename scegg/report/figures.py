@@ -5,16 +5,15 @@ imported when there is something to draw.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from scegg.features.reader import Features
 from scegg.run.identity import identity_of_data
 from scegg.run.main import Job
 from scegg.run.reuse import finished_runs
-from scegg.run.trained import TrainedRun, load_run, read_run, winners_of
+from scegg.run.trained import RunFiles, TrainedRun, load_run, read_run, winners_of
 from scegg.run.wandb_mirror import Mirror
 from scegg.speed.onednn import fast_matmul
 from util import UserError
@@ -38,11 +37,13 @@ def report_run(folder: Path, job: Job, data_root: Path, mirror: Mirror):
     names = ["curves"] if job.config.log_curves else []
     if job.config.log_figures:
         names += ["tsne", "attention", "curve"]
-    drawings = run_drawings(folder, job, data_root) if names else {}
+    drawings = run_drawings(folder, job, data_root)
 
     for name in names:
         with told(f"no {name} picture"):
-            drawings[name]()
+            from scegg.report.style import save
+
+            save(drawings[name](), folder / name)
             caption = f"{job.dataset}: {CAPTIONS[name]}"
             mirror.log_picture(name, folder / f"{name}.png", caption)
     if job.config.log_model:
@@ -59,29 +60,32 @@ def told(problem: str):
         print(f"{problem}: {UserError(error)}")
 
 
-def run_drawings(folder: Path, job: Job, data_root: Path) -> dict[str, Callable[[], None]]:
-    """What draws each picture of a finished run into its folder."""
-    from scegg.report.attention import attention_figure, dataset_images
-    from scegg.report.curves import curve_figure, read_curve
-    from scegg.report.learning import learning_figure, read_logs
-    from scegg.report.style import save
-    from scegg.report.tsne import tsne_figure
+def run_drawings(folder: Path, job: Job, data_root: Path) -> dict[str, Callable]:
+    """What draws each picture of a finished run. Each imports what it alone needs."""
+
+    @functools.cache
+    def run() -> TrainedRun:
+        return trained(folder, job, read_run(folder))
 
     def draw_curves():
-        save(learning_figure(read_logs([folder])), folder / "curves")
+        from scegg.report.learning import learning_figure, read_logs
+
+        return learning_figure(read_logs([folder]))
 
     def draw_tsne():
-        baseline = baseline_beside(folder, job.dataset, job.features)
-        save(tsne_figure(trained(folder, job), baseline), folder / "tsne")
+        from scegg.report.tsne import tsne_figure
+
+        return tsne_figure(run(), baseline_beside(folder, job.dataset, job.features))
 
     def draw_attention():
-        run = trained(folder, job)
-        images = dataset_images(run, data_root, IMAGES, job.config.seed)
-        save(attention_figure(run, images), folder / "attention")
+        from scegg.report.attention import attention_figure, dataset_images
+
+        return attention_figure(run(), dataset_images(run(), data_root, IMAGES, job.config.seed))
 
     def draw_curve():
-        curve = read_curve(folder / "seen_unseen_curve.csv")
-        save(curve_figure(curve, folder.name), folder / "curve")
+        from scegg.report.curves import curve_figure, read_curve
+
+        return curve_figure(read_curve(folder / "seen_unseen_curve.csv"), folder.name)
 
     return {
         "curves": draw_curves,
@@ -91,19 +95,19 @@ def run_drawings(folder: Path, job: Job, data_root: Path) -> dict[str, Callable[
     }
 
 
-def trained(folder: Path, job: Job) -> TrainedRun:
+def trained(folder: Path, job: Job, files: RunFiles) -> TrainedRun:
     """The finished run, with the features that it has open."""
-    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-    return TrainedRun(folder.name, job.dataset, job.config, job.features, weights)
+    return TrainedRun(folder.name, job.dataset, job.config, job.features, files.weights)
 
 
 def log_classes(folder: Path, job: Job, mirror: Mirror):
     """W&B's table of every class's accuracy, for each group of the run's numbers."""
     from scegg.report.evaluation import PER_CLASS, evaluate_run, per_class_rows
 
-    run, winners = trained(folder, job), winners_of(read_run(folder))
+    files = read_run(folder)
     with fast_matmul(job.device):  # as the run computed: the same answers
-        _, answers = evaluate_run(run, winners, job.device)
+        run = trained(folder, job, files)
+        _, answers = evaluate_run(run, winners_of(files), job.device)
     names = job.features.class_names
     rows = [row for answer in answers for row in per_class_rows(answer, names)]
     mirror.log_table("per_class", PER_CLASS, rows)

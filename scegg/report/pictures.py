@@ -7,14 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scegg.config import Config
+from scegg.datasets.make import SUFFIXES
 from scegg.features.backbones import build_backbone, fold
 from scegg.features.extract import Backbone
 from scegg.features.images import (
-    FORMATS,
     MEGAPIXELS,
     PixelNormalization,
     Unreadable,
@@ -68,7 +67,6 @@ def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[P
     Only the names in one folder are held in memory. tell(line) is told of a folder that cannot be
     listed.
     """
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in FORMATS}
 
     def tell_of_folder(error: OSError):
         tell(f"{error.filename} could not be listed ({error.strerror})")
@@ -80,7 +78,7 @@ def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[P
         for folder, folders, names in os.walk(place, onerror=tell_of_folder):
             folders.sort()
             for name in sorted(names):
-                if Path(name).suffix.lower() in endings:
+                if Path(name).suffix.lower() in SUFFIXES:
                     yield Path(folder, name)
 
 

@@ -15,7 +15,7 @@ from scegg.config import read_config
 from scegg.features.reader import open_features
 from scegg.features.storage import FeatureMaps
 from scegg.method.embeddings import embed_splits
-from scegg.method.evaluation import evaluate, logits_metrics
+from scegg.method.evaluation import Evaluation, logits_metrics
 from scegg.run.trained import load_run, restore_eggn, restore_scen
 from util import seed_stream
 
@@ -57,7 +57,7 @@ def test_its_weights_give_the_numbers_that_it_reported(run, summary):
 
     eggn = restore_eggn(run)
     seed_stream(run.config.seed, "evaluate", run.config.nepoch)
-    last = evaluate(eggn, embeddings, unseen, run.config).metrics()
+    last = Evaluation(eggn, embeddings, unseen, run.config).scores(embeddings).metrics()
     for name, value in last._asdict().items():
         assert value == pytest.approx(summary[f"last_{name}"], abs=0.01)
 
