@@ -8,6 +8,7 @@ evaluation      stage: the softmax classifiers
 files           stages: feature files and the backbone
 table           measure the stages and print them
 preprocessing   images a second of preprocessing.py
+shared_machine  a stage beside another program, by how long waiting threads spin
 whole_runs      whole training runs, in a process of their own
 plain_run       a whole run of scegg/method/plain.py
 gpu             all that a GPU has to show, by one command

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.flop import SIZES
 from benchmarks.preprocessing import IMAGES, preprocessing_run
-from benchmarks.shared_machine import shared_machine_run
+from benchmarks.shared_machine import run_slices, shared_machine_run
 from benchmarks.table import stage_table
 from benchmarks.whole_runs import stream_run, whole_run
 from scegg.config import CONFIG_FOLDER
@@ -60,8 +60,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     add("--weights", type=Path, help="a local state dict for it")
     helps = "a training command to run and account for"
     add("--whole", nargs=argparse.REMAINDER, help=helps)
-    helps = "a benchmark of one stage, to run alone and beside another program"
+    helps = "flags that choose one stage, to run alone and beside another program"
     add("--shared", nargs=argparse.REMAINDER, help=helps)
+    helps = "for --shared: run a stage for as many seconds as each line of stdin says"
+    add("--slices", action="store_true", help=helps)
     return parser.parse_args(argv)
 
 
@@ -70,6 +72,9 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(options.device)
     torch.set_float32_matmul_precision(options.matmul_precision)
+    if options.slices:
+        run_slices(options, device)
+        return
 
     if options.whole or options.shared or options.stream or options.preprocess:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +92,7 @@ def special_run(options, device: torch.device, folder: Path) -> dict:
     if options.whole:
         return whole_run(options.whole)
     if options.shared:
-        return shared_machine_run(options.shared)
+        return shared_machine_run(options.shared, folder)
     if options.stream:
         return stream_run(options.stream, folder)
     return preprocessing_run(options, device, folder)

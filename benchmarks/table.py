@@ -22,22 +22,26 @@ FILE_IMAGES = 32  # of the stages of files
 
 def stage_table(options, device: torch.device) -> list[dict]:
     """Measure and print the stages that the command line's options ask for; their records."""
-    config = read_config(options.config, {})
-    size, raw = inputs(options)
     timer = Timer(device)
-    ceilings = measure_ceilings(device, timer)
-    print_machine(device, ceilings, size)
-    print_header(bool(options.against))
-
-    records = [machine_record(device, ceilings, size)]
     with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(size, config, device, raw)
-        stages = all_stages(bench, raw, Path(folder), bool(options.against))
-        chosen = [stage for stage in stages if options.stages in stage.name]
-        for record in measure(chosen, device, timer, options.repeats, ceilings):
+        size, stages = chosen_stages(options, device, Path(folder))
+        ceilings = measure_ceilings(device, timer)
+        print_machine(device, ceilings, size)
+        print_header(bool(options.against))
+
+        records = [machine_record(device, ceilings, size)]
+        for record in measure(stages, device, timer, options.repeats, ceilings):
             print_record(record)
             records.append(record)
     return records
+
+
+def chosen_stages(options, device: torch.device, folder: Path) -> tuple[Size, list[Stage]]:
+    """The dimensions, and the stages that the options choose; folder: for their files."""
+    size, raw = inputs(options)
+    bench = Workbench(size, read_config(options.config, {}), device, raw)
+    stages = all_stages(bench, raw, folder, bool(options.against))
+    return size, [stage for stage in stages if options.stages in stage.name]
 
 
 def inputs(options) -> tuple[Size, torch.Tensor]:
