@@ -149,12 +149,12 @@ def test_an_interrupted_command_ends_its_processes_at_once():
 
 @pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGTERM])
 def test_processes_end_with_a_command_that_was_killed(in_folder, killed_by):
-    command = [sys.executable, "-c", SLICES]
+    slices = [sys.executable, "-c", SLICES]
     started = in_folder / "started"
     parent = os.fork()
     if not parent:
         with contextlib.suppress(BaseException):  # this is no other pytest
-            with shared_machine.started(command, os.environ) as one:
+            with shared_machine.started(slices, os.environ) as one:
                 with shared_machine.neighbour() as other:
                     shared_machine.speed(one, 1)
                     started.write_text(f"{one.pid} {other.pid}")
