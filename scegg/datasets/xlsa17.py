@@ -13,7 +13,7 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from util import UserError, survives, text_encoding
+from util import UserError, is_of_disk, survives, text_encoding, unreadable
 
 PATIENCE = 120  # seconds that reading a .mat file may take
 PADDING = " \t\0\x1a"  # of a line of a text; the last ended files of DOS
@@ -145,6 +145,8 @@ def read_mat(
     except UserError:
         raise
     except Exception as error:  # scipy and h5py raise many kinds over a damaged file
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
         raise UserError(
             f"{path} is not a readable .mat file ({error}): download it again"
         ) from None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from util import UserError, sha256
+from util import UserError, is_of_disk, sha256, unreadable
 
 OFFLINE = "efficientnet_lite2"  # its weights come in an installed package
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its state dict lies
@@ -40,13 +40,15 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
     """A state dict from a local file, and the file's name. Nothing in the file runs.
 
     What training code puts around it is taken off: WRAPPERS and PREFIXES.
-    Raises UserError for a missing or damaged file, and for other contents.
+    Raises UserError for a missing or damaged file, for other contents, and for a disk that fails.
     """
     try:
         state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file") from None
     except Exception as error:  # whatever torch raises over a damaged or refused file
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
         raise UserError(
             f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}"
         ) from None
@@ -122,11 +124,14 @@ def cached_state(name: str, weights, cached: Path) -> dict[str, Tensor]:
     """The state dict of a file in torch's cache, which torch itself takes as it is.
 
     weights: torchvision's. Says so where the file is not the published one.
-    Raises UserError for a damaged one: an empty file, a web page, a part of a download.
+    Raises UserError for a damaged one (an empty file, a web page, a part of a download), and for a
+    disk that fails.
     """
     try:
         state = weights.get_state_dict(weights_only=True)
     except Exception as error:  # whatever torch raises over a damaged or refused file
+        if is_of_disk(error) and cached.is_file():
+            raise unreadable(cached, error) from None
         state, reason = None, first_line(error)
     else:
         reason = "it holds no state dict"
