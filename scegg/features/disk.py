@@ -25,6 +25,7 @@ DAMAGE = (
     MemoryError,
     AttributeError,
     IndexError,
+    OverflowError,
     isal_zlib.error,
 )
 

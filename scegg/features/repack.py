@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from scegg.features.chunks import Target, images_in_chunk, read_chunks, stored_chunks
+from scegg.features.chunk_index import images_in_chunk, stored_chunks
+from scegg.features.chunks import Target, read_chunks
 from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import MAPS, read_maps
 from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable

@@ -15,11 +15,13 @@ import util
 from helpers import feature_arrays, write_features
 from scegg.datasets import toy
 from scegg.datasets.word_vectors import read_vectors
+from scegg.datasets.xlsa17 import read_mat
 from scegg.features import disk, parts, reader
 from scegg.features.extract import Backbone
 from scegg.features.parts import Parts
 from scegg.features.reader import open_features
 from scegg.features.storage import FeatureMaps, Storage
+from scegg.features.weights import read_state
 from scegg.run.checkpoint import read_checkpoint
 from util import UserError, atomic_path, locked
 
@@ -30,7 +32,7 @@ GONE = "could not be read \\(Input/output error\\): see whether its disk or moun
 def failing(code):
     """A stand-in for any call of the system: it fails with this errno."""
 
-    def fail(*arguments):
+    def fail(*arguments, **_):
         raise OSError(code, os.strerror(code), *(str(a) for a in arguments if isinstance(a, Path)))
 
     return fail
@@ -195,6 +197,18 @@ def test_a_checkpoint_the_disk_does_not_give_is_not_damaged(tmp_path, monkeypatc
     monkeypatch.setattr("builtins.open", failing(errno.ESTALE))
     with pytest.raises(UserError, match="checkpoint.pt could not be read .*: see whether its disk"):
         read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_weights_and_mat_files_the_disk_does_not_give_are_not_damaged(tmp_path, monkeypatch, code):
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "a.mat").touch()
+    monkeypatch.setattr("torch.load", failing(code))
+    monkeypatch.setattr("scipy.io.loadmat", failing(code))
+    with pytest.raises(UserError, match="w.pth could not be read .*: see whether its disk"):
+        read_state(tmp_path / "w.pth")
+    with pytest.raises(UserError, match="a.mat could not be read .*: see whether its disk"):
+        read_mat(tmp_path / "a.mat", ("labels",))
 
 
 def test_hdf5s_own_locks_are_not_asked_for(features, monkeypatch):
