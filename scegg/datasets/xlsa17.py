@@ -188,12 +188,13 @@ def class_table(array, what: str) -> np.ndarray:
 def cell_texts(cells: np.ndarray, what: str) -> list[str]:
     """The texts of a .mat cell column, or of rows of characters, which blanks pad to one length.
 
+    The end of a line that a text was read with is left out.
     Raises UserError for other cells and for an empty text.
     """
     texts = [np.asarray(cell).ravel() for cell in np.asarray(cells).ravel()]
     if not all(text.size == 1 and isinstance(text[0], str) for text in texts):
         raise UserError(f"{what} is not a column of texts")
-    texts = [text[0].rstrip(" \0") for text in texts]
+    texts = [text[0].rstrip(" \t\r\n\0") for text in texts]
     if not all(texts):
         raise UserError(f"{what} is not a column of texts: it has an empty one")
     return texts

@@ -83,7 +83,9 @@ def without_prefixes(name: str) -> str:
 
 def is_state(content) -> bool:
     """Whether what was read is a state dict, names to tensors."""
-    return isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -168,7 +170,11 @@ def load_weights(whole: nn.Module, cut: nn.Module, state: dict[str, Tensor], sou
             f"{len(misfits)} of another shape, the first is {(missing + misfits)[0]}"
         )
     used = {key: value for key, value in state.items() if key in needed}
-    whole.load_state_dict(used, strict=False)
+    try:
+        whole.load_state_dict(used, strict=False)
+    except RuntimeError as error:  # tensors of a kind that cannot be copied
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"weights {source} do not fit the backbone: {reason}") from None
 
 
 def hash_weights(network: nn.Module) -> str:
