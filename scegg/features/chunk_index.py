@@ -109,7 +109,8 @@ class Index(Stored):
         self.disk = disk
         self.has_filters = dataset.id.get_create_plist().get_nfilters() > 0
         self.largest = 2 * chunk_size(dataset) + 4096
-        self.places = np.full(self.grid, (-1, 0, 0), PLACE)  # -1: never written
+        self.places = np.zeros(self.grid, PLACE)
+        self.places["offset"] = -1  # never written
         self.heard = []  # of the chunks whose places are still to be noted
         dataset.id.chunk_iter(self.hear)
         self.note()

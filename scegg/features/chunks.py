@@ -159,6 +159,9 @@ class Packing(NamedTuple):
         """The numbers (k, n, c, p, q) of k chunks, from what `Stored.of` gives of them."""
         if self.filters:
             contents = list(map(self.unpack_chunk, contents, left_out))
+            # on Intel's processors ISA-L leaves the vector registers half used, and copying numbers
+            # then takes 20 times as long, until such an addition has cleared them
+            np.add(SOME, SOME)
         content = contents[0] if len(contents) == 1 else b"".join(contents)
         if len(content) != self.size * len(left_out):
             raise ValueError("its maps do not end where they should")
@@ -180,9 +183,6 @@ def unpack_gzip(content: bytes, packing: Packing) -> bytes:
     """What zlib has packed; one byte more than a chunk at most."""
     stream = isal_zlib.decompressobj()
     content = stream.decompress(content, packing.size + 1)
-    # on Intel's processors ISA-L leaves the vector registers half used, and copying numbers then
-    # takes 20 times as long, until such an addition has cleared them
-    np.add(SOME, SOME)
     if not stream.eof:
         raise ValueError("its maps do not end where they should")
     return content
@@ -226,12 +226,22 @@ def place(packing: Packing, chunks: np.ndarray, slab: Slab):
     part = target.array[of_images, of_channels]
     whole = (n, count * c, down * p, across * q)
     if part.shape == whole:
-        part.reshape(turned.shape)[...] = turned  # a view
+        copy_turned(turned, part.reshape(turned.shape))  # a view
         return
 
     padded = np.empty(whole, np.float32)
-    padded.reshape(turned.shape)[...] = turned
+    copy_turned(turned, padded.reshape(turned.shape))
     part[...] = padded[images, channels, : part.shape[2], : part.shape[3]]
+
+
+def copy_turned(turned: np.ndarray, place: np.ndarray):
+    """Copy numbers to their place, (..., across, q). numpy is slow where its innermost is short."""
+    *_, across, q = place.shape
+    if q >= across:
+        place[...] = turned
+        return
+    for column in range(q):
+        place[..., column] = turned[..., column]
 
 
 def overlap(first: int, count: int, target: int, length: int) -> tuple[slice, slice]:

@@ -149,6 +149,10 @@ def test_unusable_weights(tmp_path, monkeypatch):
 FIRST = "conv1.weight"
 
 
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor, 1, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
