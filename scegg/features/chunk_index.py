@@ -7,6 +7,7 @@ import itertools
 import math
 import operator
 import os
+from array import array
 
 import h5py
 import numpy as np
@@ -15,7 +16,8 @@ from scegg.features.disk import SourceFile
 
 MOST = 1 << 25  # chunks whose places are held, in 16 bytes each
 LARGEST = 1 << 30  # bytes of such a chunk
-NOTED_AT_ONCE = 1 << 16  # places of chunks: what HDF5 tells of one takes much memory
+NEAR = 1 << 12  # bytes between two chunks that are read with them
+NOTED_AT_ONCE = 1 << 16  # numbers that HDF5 tells of chunks
 PLACE = np.dtype([("offset", np.int64), ("size", np.uint32), ("left_out", np.uint32)])
 
 
@@ -28,7 +30,7 @@ def grid_of(dataset: h5py.Dataset) -> tuple[int, ...]:
 
 def chunk_size(dataset: h5py.Dataset) -> int:
     """Bytes of a chunk without filters."""
-    return math.prod(dataset.chunks) * dataset.dtype.itemsize
+    return math.prod(dataset.chunks) * dataset.id.get_type().get_size()
 
 
 def images_in_chunk(dataset: h5py.Dataset) -> int:
@@ -108,49 +110,61 @@ class Index(Stored):
         super().__init__(dataset)
         self.disk = disk
         self.has_filters = dataset.id.get_create_plist().get_nfilters() > 0
-        self.largest = 2 * chunk_size(dataset) + 4096
+        self.size = chunk_size(dataset)
         self.places = np.zeros(self.grid, PLACE)
         self.places["offset"] = -1  # never written
-        self.heard = []  # of the chunks whose places are still to be noted
+        self.heard = array("q")  # of the chunks whose places are still to be noted
         dataset.id.chunk_iter(self.hear)
         self.note()
 
     def hear(self, chunk):
         """HDF5 tells of one chunk."""
-        self.heard.append(chunk)
-        if len(self.heard) == NOTED_AT_ONCE:
+        corner, left_out, offset, size = chunk
+        self.heard.extend((*corner, offset, size, left_out))
+        if len(self.heard) >= NOTED_AT_ONCE:
             self.note()
 
     def note(self):
         """Note the places of the chunks that were told of."""
-        if self.heard:
-            corners, left_out, offsets, sizes = zip(*self.heard, strict=True)
-            at = tuple((np.array(corners) // self.dataset.chunks).T)
-            self.places["offset"][at] = offsets
-            self.places["size"][at] = np.minimum(sizes, np.iinfo(np.uint32).max)
-            self.places["left_out"][at] = left_out
-            self.heard.clear()
+        numbers = np.array(self.heard).reshape(-1, 7)
+        at = tuple((numbers[:, :4] // self.dataset.chunks).T)
+        offsets, sizes, left_out = numbers[:, 4:].T
+        self.places["offset"][at] = offsets
+        self.places["size"][at] = np.minimum(sizes, np.iinfo(np.uint32).max)
+        self.places["left_out"][at] = left_out
+        self.heard = array("q")
 
     def of(self, row: int, columns: range) -> tuple[list[bytes], list[int]]:
         places = self.places[row, columns.start : columns.stop].ravel()
         offsets, sizes = places["offset"], places["size"].astype(np.int64)
         if offsets.min() < 0:
             raise never_written(row * self.dataset.chunks[0])
-        if sizes.max() > self.largest:  # no filter makes it so much more
+        least, most = (0, 2 * self.size + 4096) if self.has_filters else (self.size, self.size)
+        if sizes.min() < least or sizes.max() > most:  # no filter makes it so much more
             raise ValueError("its maps do not end where they should")
         if not self.has_filters:
             offsets, sizes = side_by_side(offsets, sizes)
         return self.read(offsets, sizes), places["left_out"].tolist()
 
     def read(self, offsets: np.ndarray, sizes: np.ndarray) -> list[bytes]:
-        """So many bytes from each of these offsets on. Raises ValueError behind the file's end."""
-        start, end = int(offsets.min()), int((offsets + sizes).max())
-        if end - start > 2 * sizes.sum():  # they lie far apart
-            return list(map(self.disk.read_at, sizes.tolist(), offsets.tolist()))
+        """So many bytes from each of these offsets on; what lies near each other is read at once.
 
-        whole = memoryview(self.disk.read_at(end - start, start))
-        firsts, stops = offsets - start, offsets + sizes - start
-        return [whole[a:b] for a, b in zip(firsts.tolist(), stops.tolist(), strict=True)]
+        Raises ValueError behind the file's end.
+        """
+        order = np.argsort(offsets)
+        ends = np.maximum.accumulate((offsets + sizes)[order])
+        is_first = np.append(True, offsets[order][1:] - ends[:-1] > NEAR)
+        starts, stops = offsets[order][is_first], ends[np.append(is_first[1:], True)]
+        stretches = [
+            memoryview(self.disk.read_at(stop - start, start))
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+        ]
+
+        stretch_of = np.empty_like(order)
+        stretch_of[order] = is_first.cumsum() - 1
+        begins = offsets - starts[stretch_of]
+        places = zip(stretch_of.tolist(), begins.tolist(), (begins + sizes).tolist(), strict=True)
+        return [stretches[stretch][begin:end] for stretch, begin, end in places]
 
 
 def side_by_side(offsets: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,12 +174,13 @@ def side_by_side(offsets: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np
     return offsets[firsts], np.add.reduceat(sizes, firsts)
 
 
-def stored_chunks(dataset: h5py.Dataset, disk: SourceFile) -> Stored:
-    """What gives all chunks of a dataset fastest; disk: the file that it is in."""
-    count = math.prod(grid_of(dataset))
-    is_held = count <= MOST and chunk_size(dataset) <= LARGEST
-    # Windows has no pread; and a shape may only be promised
-    if not hasattr(os, "pread") or not is_held or dataset.id.get_num_chunks() != count:
+def stored_chunks(dataset: h5py.Dataset, disk: SourceFile, is_whole: bool) -> Stored:
+    """What gives all chunks of a dataset fastest.
+
+    disk: the file that it is in. is_whole: whether all were written; else a shape may be a promise.
+    """
+    is_held = math.prod(grid_of(dataset)) <= MOST and chunk_size(dataset) <= LARGEST
+    if not hasattr(os, "pread") or not is_held or not is_whole:  # Windows has no pread
         return Stored(dataset)
 
     index, first = Index(dataset, disk), (0, 0, 0, 0)

@@ -5,10 +5,14 @@ hundreds of images. HDF5 itself would unpack them in one thread, with a slower z
 copy narrow ones number by number.
 """
 
+import contextlib
+import ctypes
+import dataclasses
+import functools
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -121,7 +125,8 @@ def slabs(packing: "Packing", target: Target) -> Iterator[Slab]:
 # ---------------------------------------------------------------- unpacking
 
 
-class Packing(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Packing:
     """How the chunks of a dataset are packed.
 
     filters: HDF5's, in the order of writing. shape and dtype of a chunk, uint16 for bfloat16; grid:
@@ -145,10 +150,15 @@ class Packing(NamedTuple):
             return None
         return cls(filters, dataset.chunks, dtype, grid_of(dataset))
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Bytes of an unpacked chunk."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @functools.cached_property
+    def steps(self) -> list[tuple[int, Callable]]:
+        """The bit of each filter, and what undoes it; the last of writing first."""
+        return [(1 << at, UNDO[number]) for at, number in enumerate(self.filters)][::-1]
 
     @property
     def column_size(self) -> int:
@@ -173,9 +183,11 @@ class Packing(NamedTuple):
         It takes no more memory than a chunk has, whatever the bytes promise.
         Raises ValueError or isal_zlib.error for other contents.
         """
-        for position in reversed(range(len(self.filters))):
-            if not left_out >> position & 1:
-                content = UNDO[self.filters[position]](content, self)
+        for bit, undo in self.steps:
+            if not left_out & bit:
+                content = undo(content, self)
+        if len(content) != self.size:
+            raise ValueError("its maps do not end where they should")
         return content
 
 
@@ -188,6 +200,14 @@ def unpack_gzip(content: bytes, packing: Packing) -> bytes:
     return content
 
 
+def unpack_lzf(content: bytes, packing: Packing) -> bytes:
+    """What h5py's own lzf has packed. HDF5 would call the same function, chunk by chunk."""
+    unpacked = ctypes.create_string_buffer(packing.size)
+    if LZF(bytes(content), len(content), unpacked, packing.size) != packing.size:
+        raise ValueError("its maps do not end where they should")
+    return unpacked
+
+
 def unshuffle(content: bytes, packing: Packing) -> bytes:
     """The numbers whose first bytes were stored together, then their second bytes, and so on."""
     if len(content) != packing.size:
@@ -197,6 +217,10 @@ def unshuffle(content: bytes, packing: Packing) -> bytes:
 
 
 UNDO = {h5py.h5z.FILTER_DEFLATE: unpack_gzip, h5py.h5z.FILTER_SHUFFLE: unshuffle}
+with contextlib.suppress(OSError, AttributeError):  # then HDF5 itself unpacks lzf
+    LZF = ctypes.CDLL(h5py.h5z.__file__).lzf_decompress
+    LZF.argtypes = (ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_uint)
+    UNDO[h5py.h5z.FILTER_LZF] = unpack_lzf
 
 
 def unpack_slabs(packing: Packing, load: list):

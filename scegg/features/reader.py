@@ -109,8 +109,8 @@ class Features:
     @functools.cached_property
     def stored(self) -> Stored | None:
         """The chunks of the maps as they are stored; None where the maps are in one piece."""
-        maps = self.file[MAPS]
-        return stored_chunks(maps, self.disk) if maps.chunks else None
+        maps, is_whole = self.file[MAPS], not self.unwritten.any()
+        return stored_chunks(maps, self.disk, is_whole) if maps.chunks else None
 
     @functools.cached_property
     def unwritten(self) -> np.ndarray:

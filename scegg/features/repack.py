@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from scegg.features.chunk_index import images_in_chunk, stored_chunks
+from scegg.features.chunk_index import images_in_chunk, stored_chunks, unwritten_images
 from scegg.features.chunks import Target, read_chunks
 from scegg.features.disk import SourceFile, new_hdf5
 from scegg.features.feature_file import MAPS, read_maps
@@ -132,7 +132,8 @@ def write(path: Path, source: SourceFile, maps: h5py.Dataset):
 
     source: the file that `maps` are in.
     """
-    stored = reading(stored_chunks, maps, source)
+    is_whole = not reading(unwritten_images, maps).any()
+    stored = reading(stored_chunks, maps, source, is_whole)
     with (
         new_hdf5(path) as (file, check),
         tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,
