@@ -208,7 +208,7 @@ def require_survivable(disk: SourceFile, wanted: dict):
             check_features(disk.path, file, disk, wanted)
             maps = file[MAPS]
             ends = maps[0, 0, 0, 0], maps[-1, -1, -1, -1]  # with the chunks that they are in
-            return maps.chunks and maps.id.get_num_chunks(), ends
+            return maps.chunks and maps.id.chunk_iter(lambda chunk: None), ends
 
     signum = fatal_signal(probe, PATIENCE)
     if signum == 0:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import feature_arrays, write_features
+from scegg.features import chunks as chunks_module
 from scegg.features import repack
 from scegg.features.chunks import Packing, Target, read_chunks
 from scegg.features.reader import open_features
@@ -157,6 +158,23 @@ def test_damaged_chunks_and_bombs_are_refused_and_nothing_is_left(tmp_path, cont
     with pytest.raises(UserError, match="is damaged"):
         open_features(path).raw(np.array([0]))
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_short_chunk_and_a_long_one_are_not_taken_for_two_whole_ones(tmp_path):
+    foreign_features(tmp_path / "f.hdf5", (1, 12, 3, 3), compression="gzip")
+    with h5py.File(tmp_path / "f.hdf5", "r+") as file:
+        for channel, length in ((0, 4 * 12 * 9 - 1), (12, 4 * 12 * 9 + 1)):
+            content = zlib.compress(bytes(length))
+            file["feature_map"].id.write_direct_chunk((3, channel, 0, 0), content)
+    with pytest.raises(UserError, match="its maps do not end where they should"):
+        open_features(tmp_path / "f.hdf5").raw(np.array([3]))
+
+
+def test_without_h5pys_own_function_hdf5_unpacks_lzf(tmp_path, monkeypatch):
+    maps = foreign_features(tmp_path / "f.hdf5", (1, 5, 2, 2), compression="lzf")
+    monkeypatch.delitem(chunks_module.UNDO, h5py.h5z.FILTER_LZF)
+    features = open_features(tmp_path / "f.hdf5")
+    assert np.array_equal(features.raw(np.arange(108)).numpy(), maps)
 
 
 def partly_written(path, chunks, dtype="f4", rows=100, **filters):
