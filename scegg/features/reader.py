@@ -23,7 +23,7 @@ from scegg.features.chunk_index import (
     stored_chunks,
     unwritten_images,
 )
-from scegg.features.disk import SourceFile
+from scegg.features.disk import SourceFile, open_hdf5
 from scegg.features.feature_file import (
     ATTRIBUTE_NAMES,
     CLASS_NAMES,
@@ -193,7 +193,7 @@ def open_features(
     wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
     require_survivable(disk, wanted)
     with disk.reading("is not a complete HDF5 file", AGAIN):
-        return check_features(path, h5py.File(disk, "r"), disk, wanted)
+        return check_features(path, open_hdf5(disk), disk, wanted)
 
 
 def require_survivable(disk: SourceFile, wanted: dict):
@@ -204,7 +204,7 @@ def require_survivable(disk: SourceFile, wanted: dict):
 
     def probe():
         """Let HDF5 read all that it will, the index of the maps among it."""
-        with h5py.File(disk, "r") as file:
+        with open_hdf5(disk) as file:
             check_features(disk.path, file, disk, wanted)
             maps = file[MAPS]
             ends = maps[0, 0, 0, 0], maps[-1, -1, -1, -1]  # with the chunks that they are in

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from scegg.features.chunk_index import images_in_chunk, stored_chunks, unwritten_images
 from scegg.features.chunks import Target, read_chunks
-from scegg.features.disk import SourceFile, new_hdf5
+from scegg.features.disk import SourceFile, new_hdf5, open_hdf5
 from scegg.features.feature_file import MAPS, read_maps
 from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
 
@@ -121,7 +121,7 @@ def open_repacked(target: Path, maps: h5py.Dataset) -> Repacked:
         raise unreadable(target, error) from None
 
     with disk.reading("is damaged", AGAIN):
-        file = h5py.File(disk, "r")
+        file = open_hdf5(disk)
         if file[MAPS].shape != maps.shape or file[MAPS].dtype != np.float32:
             raise ValueError("it holds other maps")
         return Repacked(disk, file)

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 import preprocessing
 import util
-from helpers import feature_arrays, write_features
+from helpers import ROOT, feature_arrays, write_features
 from scegg.datasets import toy
 from scegg.datasets.word_vectors import read_vectors
 from scegg.datasets.xlsa17 import read_mat
@@ -181,6 +183,24 @@ def test_a_mount_that_went_away_is_no_damage(features, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=GONE):
         some.join(lambda file: None)
     assert some.paths[0].exists()
+
+
+GONE_AT_ONCE = """
+import os, sys
+from scegg.features.disk import SourceFile, open_hdf5
+file = SourceFile(sys.argv[1])
+os.dup2(os.open("/proc/self/mem", os.O_RDONLY), file.fileno())
+try:
+    open_hdf5(file)
+except OSError:
+    sys.exit(2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="EIO comes from Linux's /proc")
+def test_a_mount_that_went_away_crashes_nothing_at_the_end(features):
+    done = subprocess.run([sys.executable, "-c", GONE_AT_ONCE, features], cwd=ROOT)
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])
