@@ -13,7 +13,7 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from util import UserError, survives, text_encoding
+from util import UserError, is_of_disk, survives, text_encoding, unreadable
 
 PATIENCE = 120  # seconds that reading a .mat file may take
 PADDING = " \t\0\x1a"  # of a line of a text; the last ended files of DOS
@@ -145,6 +145,8 @@ def read_mat(
     except UserError:
         raise
     except Exception as error:  # scipy and h5py raise many kinds over a damaged file
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
         raise UserError(
             f"{path} is not a readable .mat file ({error}): download it again"
         ) from None
@@ -186,12 +188,13 @@ def class_table(array, what: str) -> np.ndarray:
 def cell_texts(cells: np.ndarray, what: str) -> list[str]:
     """The texts of a .mat cell column, or of rows of characters, which blanks pad to one length.
 
+    The end of a line that a text was read with is left out.
     Raises UserError for other cells and for an empty text.
     """
     texts = [np.asarray(cell).ravel() for cell in np.asarray(cells).ravel()]
     if not all(text.size == 1 and isinstance(text[0], str) for text in texts):
         raise UserError(f"{what} is not a column of texts")
-    texts = [text[0].rstrip(" \0") for text in texts]
+    texts = [text[0].rstrip(" \t\r\n\0") for text in texts]
     if not all(texts):
         raise UserError(f"{what} is not a column of texts: it has an empty one")
     return texts

@@ -5,12 +5,14 @@ hundreds of images. HDF5 itself would unpack them in one thread, with a slower z
 copy narrow ones number by number.
 """
 
+import contextlib
+import ctypes
+import dataclasses
+import functools
 import itertools
 import math
-import operator
-import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,11 +20,10 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from scegg.features.disk import SourceFile
+from scegg.features.chunk_index import Stored, grid_of
 from scegg.speed.threads import granted_cores
 
 SOME = np.ones(64, np.float32)
-NOTED_AT_ONCE = 1 << 16  # places of chunks: what HDF5 tells of one takes much memory
 LOAD = 1 << 20  # bytes of unpacked chunks that a thread is given at once, at least one column
 HELD = 1 << 28  # bytes of chunks that are held unpacked, at least one column
 
@@ -61,12 +62,15 @@ class Target(NamedTuple):
     channel: int = 0
 
 
-def images_in_chunk(dataset: h5py.Dataset) -> int:
-    """How many images share a chunk of a dataset of maps (N, D, h, w)."""
-    return min(dataset.chunks[0], len(dataset)) if dataset.chunks else 1
+class Slab(NamedTuple):
+    """Chunks that overlap a target: those of a row of images, in some columns of channels."""
+
+    target: Target
+    row: int
+    columns: range
 
 
-def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: "Stored | None" = None):
+def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: Stored | None = None):
     """Fill the targets from a chunked dataset of maps (N, D, h, w) of any floats.
 
     stored: gives the chunks as they are stored; an `Index` does so faster, if many are read.
@@ -81,17 +85,16 @@ def read_chunks(dataset: h5py.Dataset, targets: Iterable[Target], stored: "Store
         return
 
     stored = stored or Stored(dataset)
-    pieces = ((target, column) for target in targets for column in columns(dataset, target))
-    column_bytes = packing.size * math.prod(packing.grid)
+    pieces = (slab for target in targets for slab in slabs(packing, target))
+    at_once = max(1, LOAD // (packing.column_size * packing.grid[1]))
     # no more wait than keep the threads busy: fresh memory is slow
-    most = max(1, min(4 * granted_cores(), HELD // max(LOAD, column_bytes)))
+    most = max(1, min(4 * granted_cores(), HELD // max(LOAD, packing.column_size)))
     with ThreadPoolExecutor(granted_cores()) as pool:
         waiting = deque()
         while load := [
-            (target, column, stored.of_column(column))
-            for target, column in itertools.islice(pieces, max(1, LOAD // column_bytes))
+            (slab, *stored.of(slab.row, slab.columns)) for slab in itertools.islice(pieces, at_once)
         ]:
-            waiting.append(pool.submit(unpack_columns, packing, load))
+            waiting.append(pool.submit(unpack_slabs, packing, load))
             if len(waiting) >= most:
                 waiting.popleft().result()
         for result in waiting:
@@ -106,48 +109,34 @@ def read_by_hdf5(dataset: h5py.Dataset, target: Target):
     dataset.read_direct(target.array, (of_images, of_channels))
 
 
-def columns(dataset: h5py.Dataset, target: Target) -> Iterator[list[tuple[int, ...]]]:
-    """The columns of chunks that overlap the target: the first index of each of their chunks."""
-    high, wide, *_ = dataset.chunks
+def slabs(packing: "Packing", target: Target) -> Iterator[Slab]:
+    """The chunks that overlap the target, as many in a slab as `LOAD` takes."""
+    high, wide, *_ = packing.shape
     images, channels = target.array.shape[:2]
-    positions = [
-        range(0, side, of_chunk)
-        for side, of_chunk in zip(dataset.shape[2:], dataset.chunks[2:], strict=True)
-    ]
-    for image in range(target.image // high * high, target.image + images, high):
-        for channel in range(target.channel // wide * wide, target.channel + channels, wide):
-            yield list(itertools.product([image], [channel], *positions))
+    rows = range(target.image // high, -(-(target.image + images) // high))
+    columns = range(target.channel // wide, -(-(target.channel + channels) // wide))
 
-
-def place(chunk: np.ndarray, corner: tuple[int, ...], target: Target):
-    """Copy what a chunk with this corner has of the target; both have as many axes."""
-    of_chunk, of_target = [], []
-    starts = (target.image, target.channel, *(0 for _ in corner[2:]))
-    axes = zip(corner, chunk.shape, starts, target.array.shape, strict=True)
-    for at, size, start, length in axes:
-        first = max(at, start)
-        end = max(first, min(at + size, start + length))
-        of_chunk.append(slice(first - at, end - at))
-        of_target.append(slice(first - start, end - start))
-
-    with np.errstate(over="ignore"):  # it becomes infinity, which is refused where it is used
-        target.array[tuple(of_target)] = chunk[tuple(of_chunk)]
+    at_once = max(1, LOAD // packing.column_size)
+    for row in rows:
+        for first in range(0, len(columns), at_once):
+            yield Slab(target, row, columns[first : first + at_once])
 
 
 # ---------------------------------------------------------------- unpacking
 
 
-class Packing(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Packing:
     """How the chunks of a dataset are packed.
 
     filters: HDF5's, in the order of writing. shape and dtype of a chunk, uint16 for bfloat16; grid:
-    chunks of a column, down and across.
+    how many chunks there are along each axis.
     """
 
     filters: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
 
     @classmethod
     def of(cls, dataset: h5py.Dataset) -> "Packing | None":
@@ -159,50 +148,64 @@ class Packing(NamedTuple):
         is_known = is_bfloat16(dataset) or h5py.h5t.py_create(dtype) == dataset.id.get_type()
         if not is_known or not set(filters) <= set(UNDO):
             return None
-        sides = zip(dataset.shape[2:], dataset.chunks[2:], strict=True)
-        grid = tuple(-(-side // of_chunk) for side, of_chunk in sides)
-        return cls(filters, dataset.chunks, dtype, grid)
+        return cls(filters, dataset.chunks, dtype, grid_of(dataset))
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Bytes of an unpacked chunk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def tiles(self, target: Target) -> bool:
-        """Whether the chunks of a column end where the target's maps end."""
-        return target.array.shape[2:] == tuple(map(operator.mul, self.grid, self.shape[2:]))
+    @functools.cached_property
+    def steps(self) -> list[tuple[int, Callable]]:
+        """The bit of each filter, and what undoes it; the last of writing first."""
+        return [(1 << at, UNDO[number]) for at, number in enumerate(self.filters)][::-1]
 
-    def unpack(self, content: bytes, left_out: int) -> np.ndarray:
-        """The numbers of a stored chunk. left_out: a bit for each filter that was not used.
+    @property
+    def column_size(self) -> int:
+        """Bytes of all unpacked chunks of the same images and channels."""
+        return self.size * math.prod(self.grid[2:])
+
+    def unpack(self, contents: list[bytes], left_out: list[int]) -> np.ndarray:
+        """The numbers (k, n, c, p, q) of k chunks, from what `Stored.of` gives of them."""
+        if self.filters:
+            contents = list(map(self.unpack_chunk, contents, left_out))
+            # on Intel's processors ISA-L leaves the vector registers half used, and copying numbers
+            # then takes 20 times as long, until such an addition has cleared them
+            np.add(SOME, SOME)
+        content = contents[0] if len(contents) == 1 else b"".join(contents)
+        if len(content) != self.size * len(left_out):
+            raise ValueError("its maps do not end where they should")
+        return widened(np.frombuffer(content, self.dtype).reshape(len(left_out), *self.shape))
+
+    def unpack_chunk(self, content: bytes, left_out: int) -> bytes:
+        """The bytes of a chunk's numbers. left_out: a bit for each filter that was not used.
 
         It takes no more memory than a chunk has, whatever the bytes promise.
         Raises ValueError or isal_zlib.error for other contents.
         """
-        for position in reversed(range(len(self.filters))):
-            if not left_out >> position & 1:
-                content = UNDO[self.filters[position]](content, self)
+        for bit, undo in self.steps:
+            if not left_out & bit:
+                content = undo(content, self)
         if len(content) != self.size:
             raise ValueError("its maps do not end where they should")
-        return widened(np.frombuffer(content, self.dtype).reshape(self.shape))
-
-    def unpack_column(self, stored: list[tuple[int, bytes]], count: int) -> np.ndarray:
-        """The numbers of `count` stored chunks, (count, n, c, p, q); see `unpack`."""
-        if len(stored) == count:
-            return np.stack([self.unpack(content, left_out) for left_out, content in stored])
-        ((_, whole),) = stored  # chunks that lie side by side, without filters
-        return np.frombuffer(whole, self.dtype).reshape(count, *self.shape)
+        return content
 
 
 def unpack_gzip(content: bytes, packing: Packing) -> bytes:
     """What zlib has packed; one byte more than a chunk at most."""
     stream = isal_zlib.decompressobj()
     content = stream.decompress(content, packing.size + 1)
-    # on Intel's processors ISA-L leaves the vector registers half used, and copying numbers then
-    # takes 20 times as long, until such an addition has cleared them
-    np.add(SOME, SOME)
     if not stream.eof:
         raise ValueError("its maps do not end where they should")
     return content
+
+
+def unpack_lzf(content: bytes, packing: Packing) -> bytes:
+    """What h5py's own lzf has packed. HDF5 would call the same function, chunk by chunk."""
+    unpacked = ctypes.create_string_buffer(packing.size)
+    if LZF(bytes(content), len(content), unpacked, packing.size) != packing.size:
+        raise ValueError("its maps do not end where they should")
+    return unpacked
 
 
 def unshuffle(content: bytes, packing: Packing) -> bytes:
@@ -214,122 +217,61 @@ def unshuffle(content: bytes, packing: Packing) -> bytes:
 
 
 UNDO = {h5py.h5z.FILTER_DEFLATE: unpack_gzip, h5py.h5z.FILTER_SHUFFLE: unshuffle}
+with contextlib.suppress(OSError, AttributeError):  # then HDF5 itself unpacks lzf
+    LZF = ctypes.CDLL(h5py.h5z.__file__).lzf_decompress
+    LZF.argtypes = (ctypes.c_char_p, ctypes.c_uint, ctypes.c_char_p, ctypes.c_uint)
+    UNDO[h5py.h5z.FILTER_LZF] = unpack_lzf
 
 
-class Stored:
-    """The chunks of a dataset as they are stored, each asked for by itself."""
-
-    def __init__(self, dataset: h5py.Dataset):
-        self.dataset = dataset
-
-    def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
-        """Of each chunk a bit for each filter that was left out, and its bytes.
-
-        Chunks without filters may come in one piece.
-        Raises ValueError for a chunk that was never written.
-        """
-        return [self.chunk(corner) for corner in corners]
-
-    def chunk(self, corner: tuple[int, ...]) -> tuple[int, bytes]:
-        """That of one chunk."""
-        try:
-            return self.dataset.id.read_direct_chunk(corner)
-        except (OSError, RuntimeError):
-            # asked only now: HDF5 looks through all chunks for the answer
-            if self.dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
-                raise never_written(corner) from None
-            raise
+def unpack_slabs(packing: Packing, load: list):
+    """Unpack slabs, each given with what `Stored.of` gives of its chunks, to their place."""
+    for slab, contents, left_out in load:
+        place(packing, packing.unpack(contents, left_out), slab)
 
 
-class Index(Stored):
-    """The same, but all places in the file are asked for once: HDF5 takes longer to find a small
-    chunk than the disk to read it. What lies side by side is read at once.
+def place(packing: Packing, chunks: np.ndarray, slab: Slab):
+    """Copy what the chunks (k, n, c, p, q) of a slab have of its target.
 
-    disk: the file that the dataset is in.
-    """
-
-    def __init__(self, dataset: h5py.Dataset, disk: SourceFile):
-        super().__init__(dataset)
-        self.disk = disk
-        self.has_filters = dataset.id.get_create_plist().get_nfilters() > 0
-        sides = zip(dataset.shape, dataset.chunks, strict=True)
-        # offset (-1: never written), bytes, filters that were left out
-        self.places = np.full((*(-(-side // of_chunk) for side, of_chunk in sides), 3), -1)
-        self.heard = []  # of the chunks whose places are still to be noted
-        dataset.id.chunk_iter(self.hear)
-        self.note()
-
-    def hear(self, info):
-        """HDF5 tells of one chunk."""
-        self.heard.append(info)
-        if len(self.heard) == NOTED_AT_ONCE:
-            self.note()
-
-    def note(self):
-        """Note the places of the chunks that were told of."""
-        if self.heard:
-            corners, masks, offsets, sizes = zip(*self.heard, strict=True)
-            at = np.array(corners) // self.dataset.chunks
-            self.places[tuple(at.T)] = np.column_stack([offsets, sizes, masks])
-            self.heard.clear()
-
-    def of_column(self, corners: list[tuple[int, ...]]) -> list[tuple[int, bytes]]:
-        image, channel = map(operator.floordiv, corners[0], self.dataset.chunks[:2])
-        offsets, sizes, masks = self.places[image, channel].reshape(-1, 3).T
-        if offsets.min() < 0:
-            raise never_written(corners[0])
-
-        ends = offsets + sizes
-        if np.array_equal(offsets[1:], ends[:-1]):  # side by side
-            whole = memoryview(self.disk.read_at(int(sizes.sum()), int(offsets[0])))
-            if not self.has_filters:
-                return [(0, whole)]
-            starts, stops = ((at - offsets[0]).tolist() for at in (offsets, ends))
-            contents = [whole[start:stop] for start, stop in zip(starts, stops, strict=True)]
-        else:
-            contents = map(self.disk.read_at, sizes.tolist(), offsets.tolist())
-        return list(zip(masks.tolist(), contents, strict=True))
-
-
-def stored_chunks(dataset: h5py.Dataset, disk: SourceFile) -> Stored:
-    """What gives all chunks of a dataset fastest; disk: the file that it is in."""
-    if not hasattr(os, "pread") or Packing.of(dataset) is None:  # Windows; HDF5 reads by itself
-        return Stored(dataset)
-
-    index, first = Index(dataset, disk), (0, 0, 0, 0)
-    offset, size, _ = index.places[first].tolist()
-    # HDF5's versions differ in where they count from in a file that something stands before
-    is_right = offset >= 0 and disk.read_at(size, offset) == dataset.id.read_direct_chunk(first)[1]
-    return index if is_right else Stored(dataset)
-
-
-def never_written(corner: tuple[int, ...]) -> ValueError:
-    """The error of a chunk that is not there; its map would be one of zeros."""
-    return ValueError(f"the map of image {corner[0]} was never written")
-
-
-def unpack_columns(packing: Packing, load: list):
-    """Unpack columns, each given with its target, its corners and stored chunks, to their place."""
-    for target, corners, stored in load:
-        column = packing.unpack_column(stored, len(corners))
-        if len(corners) > 1 and packing.tiles(target):
-            place_column(packing, column, corners[0], target)
-            continue
-        for corner, chunk in zip(corners, column, strict=True):
-            place(chunk, corner, target)
-
-
-def place_column(packing: Packing, column: np.ndarray, corner: tuple[int, ...], target: Target):
-    """Copy a column's chunks (k, n, c, p, q), which tile the map, row after row of the target.
-
-    Chunk by chunk, narrow ones would be spread over as many lines of a core's cache as they have
-    numbers.
+    Row after row of the target: chunk by chunk, narrow ones would be spread over as many lines of a
+    core's cache as they have numbers.
     """
     n, c, p, q = packing.shape
-    down, across = packing.grid
+    down, across = packing.grid[2:]
     with np.errstate(over="ignore"):  # it becomes infinity, which is refused where it is used
-        column = column.astype(np.float32, copy=False)  # all at once it is faster
-    by_row = column.reshape(down, across, n, c, p, q).transpose(2, 3, 0, 4, 1, 5)
+        chunks = chunks.astype(np.float32, copy=False)  # all at once it is faster
+    in_columns = chunks.reshape(-1, down, across, n, c, p, q)
+    turned = in_columns.transpose(3, 0, 4, 1, 5, 2, 6)
 
-    rows = target.array.reshape(*target.array.shape[:2], down, p, across, q)  # a view
-    place(by_row, (*corner[:2], 0, 0, 0, 0), target._replace(array=rows))
+    target, count = slab.target, len(slab.columns)
+    images, of_images = overlap(slab.row * n, n, target.image, len(target.array))
+    channels, of_channels = overlap(
+        slab.columns.start * c, count * c, target.channel, target.array.shape[1]
+    )
+    part = target.array[of_images, of_channels]
+    whole = (n, count * c, down * p, across * q)
+    if part.shape == whole:
+        copy_turned(turned, part.reshape(turned.shape))  # a view
+        return
+
+    padded = np.empty(whole, np.float32)
+    copy_turned(turned, padded.reshape(turned.shape))
+    part[...] = padded[images, channels, : part.shape[2], : part.shape[3]]
+
+
+def copy_turned(turned: np.ndarray, place: np.ndarray):
+    """Copy numbers to their place, (..., across, q). numpy is slow where its innermost is short."""
+    *_, across, q = place.shape
+    if q >= across:
+        place[...] = turned
+        return
+    for column in range(q):
+        place[..., column] = turned[..., column]
+
+
+def overlap(first: int, count: int, target: int, length: int) -> tuple[slice, slice]:
+    """Where `count` things from `first` on overlap a target of this place and length.
+
+    It is counted from the first of the things, and from the target's own.
+    """
+    start, end = max(first, target), min(first + count, target + length)
+    return slice(start - first, end - first), slice(start - target, end - target)

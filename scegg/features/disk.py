@@ -15,6 +15,8 @@ from isal import isal_zlib
 
 from util import UserError, is_of_disk, stamp, unreadable
 
+BEGINNING = 4096  # bytes; HDF5 reads fewer before it knows what the file is
+
 # what h5py and ISA-L raise over damaged bytes
 DAMAGE = (
     OSError,
@@ -25,6 +27,7 @@ DAMAGE = (
     MemoryError,
     AttributeError,
     IndexError,
+    OverflowError,
     isal_zlib.error,
 )
 
@@ -111,6 +114,17 @@ class SourceFile(io.FileIO):
             raise UserError(
                 f"{self.path} was changed while it was read: let its writer end, and run again"
             )
+
+
+def open_hdf5(disk: SourceFile) -> h5py.File:
+    """The HDF5 file that a file holds, open for reading. Raises OSError if it is none.
+
+    HDF5 crashes when the interpreter ends if the disk did not give it a file's beginning. So the
+    disk is asked for that before.
+    """
+    disk.seek(0)
+    disk.readinto(bytearray(BEGINNING))
+    return h5py.File(disk, "r")
 
 
 class PatientFile(io.FileIO):

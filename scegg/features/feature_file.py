@@ -26,6 +26,7 @@ import torchvision
 from isal import isal_zlib
 
 from scegg.datasets.splits import Split
+from scegg.features.chunk_index import Stored
 from scegg.features.chunks import (
     BFLOAT16,
     Target,
@@ -214,29 +215,26 @@ def pack_map(image_map: np.ndarray, compression: str | None, dtype: str = "float
     return image_map
 
 
-def read_maps(dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray):
+def read_maps(
+    dataset: h5py.Dataset, indices: np.ndarray, maps: np.ndarray, stored: Stored | None = None
+):
     """Read the rows `indices` of a dataset (N, D, h, w) into maps (n, D, h, w) float32.
 
-    Raises one of `disk.DAMAGE` over damaged bytes.
+    stored: see `read_chunks`. Raises one of `disk.DAMAGE` over damaged bytes.
     """
-    # each chunk fills one stretch of memory: HDF5 itself is fast, but for its gzip
-    in_stretches = dataset.chunks is None or dataset.chunks == (
-        1,
-        dataset.chunks[1],
-        *dataset.shape[2:],
-    )
+    # each map is one stretch of the file: HDF5 itself is fast, but for its gzip
+    in_stretches = dataset.chunks in (None, (1, *dataset.shape[1:]))
     is_float32 = dataset.dtype == np.float32 and not is_bfloat16(dataset)
     if in_stretches and dataset.compression != "gzip" and is_float32:
         for row, index in enumerate(indices):
             dataset.read_direct(maps[row], np.s_[int(index)])
     elif dataset.chunks:
         targets = (Target(maps[row : row + 1], int(i)) for row, i in enumerate(indices))
-        read_chunks(dataset, targets)
+        read_chunks(dataset, targets, stored)
     else:  # HDF5 itself is slow to convert numbers
         own = np.empty(dataset.shape[1:], dataset.dtype)
         for row, index in enumerate(indices):
             dataset.read_direct(own, np.s_[int(index)])
-            with np.errstate(
-                over="ignore"
-            ):  # it becomes infinity, which is refused where it is used
+            # what is too large becomes infinity, which is refused where it is used
+            with np.errstate(over="ignore"):
                 maps[row] = own

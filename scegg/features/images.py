@@ -13,7 +13,7 @@ from torchvision import transforms
 
 from scegg.features.backbones import pixel_statistics
 from scegg.speed.threads import granted_cores
-from util import UserError
+from util import UserError, remedy
 
 # Pillow knows more formats, and would run Ghostscript on EPS
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
@@ -57,7 +57,7 @@ def read_image(path: Path, transform, megapixels: int = MEGAPIXELS) -> Tensor:
     except Exception as error:  # PIL raises many kinds over a damaged file
         advice = "put a JPEG or PNG there that opens"
         if isinstance(error, OSError) and error.errno is not None:  # the system's
-            advice = "is it there, and may you read it?"
+            advice = remedy(error)
         raise UserError(f"{path} is not a readable image ({error}): {advice}") from None
 
 

@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from scegg.features.chunks import widened
-from scegg.features.disk import SourceFile, new_hdf5
+from scegg.features.disk import SourceFile, new_hdf5, open_hdf5
 from scegg.features.feature_file import (
     FILTERS,
     GZIP_SHARE,
@@ -391,7 +391,7 @@ def opened(path: Path, problem: str, remedy: str):
         disk = SourceFile(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    with disk, disk.reading(problem, remedy), h5py.File(disk, "r") as file:
+    with disk, disk.reading(problem, remedy), open_hdf5(disk) as file:
         yield file[MAPS]
 
 

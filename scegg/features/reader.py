@@ -15,16 +15,21 @@ import torch
 from torch import Tensor
 
 from scegg.datasets.splits import Split, check_split
-from scegg.features.chunks import images_in_chunk
-from scegg.features.disk import SourceFile
+from scegg.features.checked_datasets import CheckedDatasets
+from scegg.features.chunk_index import (
+    Stored,
+    images_in_chunk,
+    never_written,
+    stored_chunks,
+    unwritten_images,
+)
+from scegg.features.disk import SourceFile, open_hdf5
 from scegg.features.feature_file import (
     ATTRIBUTE_NAMES,
     CLASS_NAMES,
     IMAGE_FILES,
     MAPS,
-    OPTIONAL,
     OPTIONAL_SPLIT_DATASETS,
-    REQUIRED,
     SPLIT_DATASETS,
     WORD_VECTORS,
     read_maps,
@@ -34,8 +39,6 @@ from scegg.features.repack import Repacked, repacked
 from util import UserError, fatal_signal, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
-# elements of an array that is read in one piece: a few hostile bytes can promise any number
-LARGEST = 1 << 28
 READ_AT_ONCE = 16  # images: their memory while they are normalised adds to the peak
 AGAIN = "run preprocessing.py again"
 
@@ -103,18 +106,32 @@ class Features:
         """The repacked file, open."""
         return repacked(self.disk, self.file[MAPS])
 
+    @functools.cached_property
+    def stored(self) -> Stored | None:
+        """The chunks of the maps as they are stored; None where the maps are in one piece."""
+        maps, is_whole = self.file[MAPS], not self.unwritten.any()
+        return stored_chunks(maps, self.disk, is_whole) if maps.chunks else None
+
+    @functools.cached_property
+    def unwritten(self) -> np.ndarray:
+        """Whether some of an image's map was never written, of all images: (N,) bool."""
+        return unwritten_images(self.file[MAPS])
+
     def raw(self, indices: np.ndarray) -> Tensor:
         """The maps (n, D, h, w) of the images `indices`, as they stand in the file.
 
-        Raises UserError for damaged data, for a file that was written to since it was opened, and
-        for a disk that fails.
+        Raises UserError for damaged data, for a map that was never written, for a file that was
+        written to since it was opened, and for a disk that fails.
         """
         maps = np.empty((len(indices), *self.shape), np.float32)
         with self.disk.reading("is damaged", AGAIN):
+            lacking = indices[self.unwritten[indices]]
+            if len(lacking):
+                raise never_written(lacking[0])
             if self.is_repacked:
                 self.repacked.read(indices, maps)
             else:
-                read_maps(self.file[MAPS], indices, maps)
+                read_maps(self.file[MAPS], indices, maps, self.stored)
         return torch.from_numpy(maps)
 
     def check_finite(self, values: Tensor, indices: np.ndarray):
@@ -176,7 +193,7 @@ def open_features(
     wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
     require_survivable(disk, wanted)
     with disk.reading("is not a complete HDF5 file", AGAIN):
-        return check_features(path, h5py.File(disk, "r"), disk, wanted)
+        return check_features(path, open_hdf5(disk), disk, wanted)
 
 
 def require_survivable(disk: SourceFile, wanted: dict):
@@ -187,11 +204,11 @@ def require_survivable(disk: SourceFile, wanted: dict):
 
     def probe():
         """Let HDF5 read all that it will, the index of the maps among it."""
-        with h5py.File(disk, "r") as file:
+        with open_hdf5(disk) as file:
             check_features(disk.path, file, disk, wanted)
             maps = file[MAPS]
             ends = maps[0, 0, 0, 0], maps[-1, -1, -1, -1]  # with the chunks that they are in
-            return maps.chunks and maps.id.get_num_chunks(), ends
+            return maps.chunks and maps.id.chunk_iter(lambda chunk: None), ends
 
     signum = fatal_signal(probe, PATIENCE)
     if signum == 0:
@@ -250,83 +267,6 @@ def check_features(path: Path, file: h5py.File, disk: SourceFile, wanted: dict) 
         image_files=image_files,
         provenance=provenance,
     )
-
-
-class CheckedDatasets:
-    """The datasets of a feature file; each is checked before it is read.
-
-    Raises UserError for a file that lacks one, and for a dataset of another kind than expected.
-    """
-
-    def __init__(self, path: Path, file: h5py.File):
-        lacking = [key for key in REQUIRED if key not in file]
-        if lacking:
-            raise UserError(
-                f"{path} lacks {', '.join(lacking)}: it is not a feature file; "
-                "make one with preprocessing.py"
-            )
-        self.path = path
-        self.datasets = {
-            key: open_dataset(path, file, key) for key in (*REQUIRED, *OPTIONAL) if key in file
-        }
-
-    def __getitem__(self, key: str) -> h5py.Dataset:
-        return self.datasets[key]
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.datasets
-
-    def array(self, key: str, kinds: str, dimensions: int, what: str) -> np.ndarray:
-        """A dataset's contents; kinds: of numpy's types. what: says this in the error."""
-        dataset = self.datasets[key]
-        if dataset.dtype.kind not in kinds or dataset.ndim != dimensions:
-            raise UserError(
-                f"{self.path}: {key} must be a {what}, it is {dataset.dtype} {dataset.shape}"
-            )
-        return dataset[()]
-
-    def indices(self, key: str) -> np.ndarray:
-        """A vector of whole numbers as int64."""
-        return self.array(key, "ui", 1, "vector of whole numbers").astype(np.int64)
-
-    def table(self, key: str) -> np.ndarray:
-        """A table of numbers as float32."""
-        # too large a number becomes infinity, which is refused later
-        with np.errstate(over="ignore"):
-            return self.array(key, "fui", 2, "table of numbers").astype(np.float32)
-
-    def texts(self, key: str, count: int) -> list[str] | None:
-        """A list of `count` texts, None where the file has no such dataset."""
-        if key not in self.datasets:
-            return None
-        encoded = self.array(key, "OS", 1, "list of texts")
-        texts = [text.decode(errors="replace") for text in encoded if isinstance(text, bytes)]
-        if len(texts) != count:
-            raise UserError(f"{self.path}: {key} holds {len(texts)} texts, expected {count}")
-        return texts
-
-
-def open_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
-    """The dataset `key`, whose data must lie in this file.
-
-    A link, an external storage or a virtual dataset could show the bytes of any other file.
-    Raises UserError for these, and for a size that cannot be true.
-    """
-    is_link = not isinstance(file.get(key, getlink=True), h5py.HardLink)
-    if is_link or not isinstance(file[key], h5py.Dataset):
-        raise UserError(
-            f"{path}: {key} is a link or a group, expected a dataset in the file itself"
-        )
-    dataset = file[key]
-    if dataset.external or dataset.is_virtual:
-        raise UserError(
-            f"{path}: {key} is stored in other files; a feature file holds all of its data"
-        )
-
-    read_in_one_piece = dataset.shape[1:] if key == MAPS else dataset.shape or ()
-    if math.prod(read_in_one_piece) > LARGEST:
-        raise UserError(f"{path}: {key} is of shape {dataset.shape}, which cannot be true")
-    return dataset
 
 
 def check_provenance(path: Path, provenance: dict, wanted: dict):

@@ -18,8 +18,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from scegg.features.chunks import Target, images_in_chunk, read_chunks, stored_chunks
-from scegg.features.disk import SourceFile, new_hdf5
+from scegg.features.chunk_index import images_in_chunk, stored_chunks, unwritten_images
+from scegg.features.chunks import Target, read_chunks
+from scegg.features.disk import SourceFile, new_hdf5, open_hdf5
 from scegg.features.feature_file import MAPS, read_maps
 from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
 
@@ -120,7 +121,7 @@ def open_repacked(target: Path, maps: h5py.Dataset) -> Repacked:
         raise unreadable(target, error) from None
 
     with disk.reading("is damaged", AGAIN):
-        file = h5py.File(disk, "r")
+        file = open_hdf5(disk)
         if file[MAPS].shape != maps.shape or file[MAPS].dtype != np.float32:
             raise ValueError("it holds other maps")
         return Repacked(disk, file)
@@ -131,7 +132,8 @@ def write(path: Path, source: SourceFile, maps: h5py.Dataset):
 
     source: the file that `maps` are in.
     """
-    stored = reading(stored_chunks, maps, source)
+    is_whole = not reading(unwritten_images, maps).any()
+    stored = reading(stored_chunks, maps, source, is_whole)
     with (
         new_hdf5(path) as (file, check),
         tqdm(total=len(maps), desc="repacking", unit="image", disable=None) as bar,

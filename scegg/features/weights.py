@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from util import UserError, sha256
+from util import UserError, is_of_disk, sha256, unreadable
 
 OFFLINE = "efficientnet_lite2"  # its weights come in an installed package
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its state dict lies
@@ -40,13 +40,15 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
     """A state dict from a local file, and the file's name. Nothing in the file runs.
 
     What training code puts around it is taken off: WRAPPERS and PREFIXES.
-    Raises UserError for a missing or damaged file, and for other contents.
+    Raises UserError for a missing or damaged file, for other contents, and for a disk that fails.
     """
     try:
         state = load_file(path)
     except FileNotFoundError:
         raise UserError(f"--weights {path}: no such file") from None
     except Exception as error:  # whatever torch raises over a damaged or refused file
+        if is_of_disk(error):
+            raise unreadable(path, error) from None
         raise UserError(
             f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}"
         ) from None
@@ -81,7 +83,9 @@ def without_prefixes(name: str) -> str:
 
 def is_state(content) -> bool:
     """Whether what was read is a state dict, names to tensors."""
-    return isinstance(content, dict) and all(isinstance(v, Tensor) for v in content.values())
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -122,11 +126,14 @@ def cached_state(name: str, weights, cached: Path) -> dict[str, Tensor]:
     """The state dict of a file in torch's cache, which torch itself takes as it is.
 
     weights: torchvision's. Says so where the file is not the published one.
-    Raises UserError for a damaged one: an empty file, a web page, a part of a download.
+    Raises UserError for a damaged one (an empty file, a web page, a part of a download), and for a
+    disk that fails.
     """
     try:
         state = weights.get_state_dict(weights_only=True)
     except Exception as error:  # whatever torch raises over a damaged or refused file
+        if is_of_disk(error) and cached.is_file():
+            raise unreadable(cached, error) from None
         state, reason = None, first_line(error)
     else:
         reason = "it holds no state dict"
@@ -163,7 +170,11 @@ def load_weights(whole: nn.Module, cut: nn.Module, state: dict[str, Tensor], sou
             f"{len(misfits)} of another shape, the first is {(missing + misfits)[0]}"
         )
     used = {key: value for key, value in state.items() if key in needed}
-    whole.load_state_dict(used, strict=False)
+    try:
+        whole.load_state_dict(used, strict=False)
+    except RuntimeError as error:  # tensors of a kind that cannot be copied
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"weights {source} do not fit the backbone: {reason}") from None
 
 
 def hash_weights(network: nn.Module) -> str:

@@ -10,6 +10,8 @@ from tqdm import tqdm
 from model import SCEN
 from scegg.features.storage import FeatureMaps
 
+SPLITS = ("trainval", "test_seen", "test_unseen")
+
 
 class Embedding(NamedTuple):
     """What EGGN sees of a set of images, computed once.

@@ -65,5 +65,7 @@ class LossMeter:
         return {"rows": self.table(), "first": self.first}
 
     def load_state_dict(self, state: dict):
-        """From a checkpoint."""
+        """From a checkpoint. Raises ValueError for other losses."""
+        if state["rows"].shape[1:] != self.loaded.shape[1:]:
+            raise ValueError("other losses")
         self.rows, self.loaded, self.first = [], state["rows"], state["first"]

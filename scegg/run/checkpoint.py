@@ -16,13 +16,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from scegg.run.checkpoint_content import check_content, check_frame
 from util import UserError, load_tensors, save_tensors
 
 PAUSE = 10  # times what a slow save took: so long no other is made without need
 SLOW = 1.0  # seconds that make a save slow
-
-# what a checkpoint remembers of a run from its start, and the type of each
-REQUIRED_NOTES = {"features": str, "logged": int, "wandb_id": str}
 
 
 class Stopped(Exception):
@@ -43,24 +41,31 @@ def read_checkpoint(path: Path) -> dict:
             f"{path.parent} has no checkpoint, so there is nothing to resume: it is finished or "
             "never began"
         )
-    try:
+    with refusing_damage(path):
         saved = load_tensors(path)
-        check_content(saved)
+        check_frame(saved)
+    return saved
+
+
+@contextlib.contextmanager
+def refusing_damage(path: Path):
+    """Any error within is the checkpoint's fault: it becomes a UserError."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(f"{path} is damaged ({type(error).__name__}): start the run anew") from None
-    return saved
 
 
-def check_content(saved):
-    """Raises ValueError, KeyError or TypeError for what no run writes."""
-    for name in ("identity", "parts", "notes", "steps"):
-        if not isinstance(saved[name], dict):
-            raise ValueError(f"{name} is not what a run writes")
-    for name, kind in REQUIRED_NOTES.items():
-        if not isinstance(saved["notes"][name], kind):
-            raise ValueError(f"the note {name} is not what a run writes")
+def check_saved(saved: dict, identity: dict, path: Path):
+    """Raises UserError for a checkpoint of another run, and for one that no run writes.
+
+    Another version may write other checkpoints, so it is asked first whose this one is.
+    """
+    check_identity(saved["identity"], identity, path)
+    with refusing_damage(path):
+        check_content(saved)
 
 
 def check_identity(saved: dict, now: dict, path: Path):

@@ -19,7 +19,7 @@ from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
 from scegg.features.storage import Storage, choose_storage
-from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
+from scegg.run.checkpoint import Checkpoint, Stopped, check_saved, read_checkpoint
 from scegg.run.folder import RunFolder, folder_to_resume, new_folder
 from scegg.run.identity import identity_of_code, identity_of_data, provenance
 from scegg.run.pipeline import Pipeline, run_validation
@@ -213,7 +213,7 @@ def prepare(
     identity = identity_of(dataset, config, features, device)
     notes = {"features": str(feature_path.resolve()), "logged": 0, "reuse_scen": options.reuse_scen}
     if saved:
-        check_identity(saved["identity"], identity, path / "checkpoint.pt")
+        check_saved(saved, identity, path / "checkpoint.pt")
         notes = saved["notes"]
 
     print(features.split.describe(dataset))

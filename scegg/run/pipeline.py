@@ -13,7 +13,7 @@ from scegg.features.reader import Features
 from scegg.features.sampler import BalancedSampler
 from scegg.features.storage import FeatureMaps, Storage
 from scegg.method.eggn import EGGN, LOSSES, Schedule
-from scegg.method.embeddings import Embedding, Embeddings, embed_splits
+from scegg.method.embeddings import SPLITS, Embedding, Embeddings, embed_splits
 from scegg.method.evaluation import (
     Evaluation,
     Metrics,
@@ -30,8 +30,6 @@ from scegg.run.summary import metrics_line
 from scegg.run.winners import Winners
 from scegg.speed.cuda_graphs import count_steps, graphed
 from util import seed_stream
-
-SPLITS = ("trainval", "test_seen", "test_unseen")
 
 
 class Pipeline:

@@ -6,7 +6,7 @@ import scipy.io
 import scipy.sparse
 
 from scegg.datasets.layouts import LAYOUTS
-from scegg.datasets.xlsa17 import class_table, image_tail, read_dataset, read_split
+from scegg.datasets.xlsa17 import cell_texts, class_table, image_tail, read_dataset, read_split
 from util import UserError
 
 
@@ -80,6 +80,11 @@ def test_cub50(real_data):
 )
 def test_image_tails(text, anchor, tail):
     assert image_tail(text, anchor, "res101.mat") == tail
+
+
+def test_texts_that_kept_the_end_of_their_line():
+    cells = np.array([["a.jpg\r\n"], ["b.jpg  "], ["c d.jpg\t"]], object)
+    assert cell_texts(cells, "image_files") == ["a.jpg", "b.jpg", "c d.jpg"]
 
 
 @pytest.mark.parametrize("text", ["/x/photos/a.jpg", "/x/images/../../etc/passwd", "images"])

@@ -146,6 +146,34 @@ def test_unusable_weights(tmp_path, monkeypatch):
     assert not (tmp_path / "it_ran").exists()
 
 
+FIRST = "conv1.weight"
+
+
+def quantized(tensor):
+    return torch.quantize_per_tensor(tensor, 1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda state: dict(enumerate(state.values())), "does not hold a state dict"),
+        (lambda state: state | {FIRST: state[FIRST].to_sparse()}, "do not fit the backbone"),
+        (
+            lambda state: (
+                state | {FIRST: torch.quantize_per_tensor(state[FIRST], 1, 0, torch.qint8)}
+            ),
+            "do not fit the backbone",
+        ),
+    ],
+    ids=["numbers for names", "sparse", "quantized"],
+)
+def test_tensors_that_no_network_takes(tmp_path, change, message):
+    torch.save(change(dict(models.resnet18(weights=None).state_dict())), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        build_backbone("resnet18", tmp_path / "w.pth", 64)
+    assert "\n" not in str(caught.value)
+
+
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise OSError("no network")

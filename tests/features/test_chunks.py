@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers import feature_arrays, write_features
+from scegg.features import chunks as chunks_module
 from scegg.features import repack
 from scegg.features.chunks import Packing, Target, read_chunks
 from scegg.features.reader import open_features
@@ -159,15 +160,64 @@ def test_damaged_chunks_and_bombs_are_refused_and_nothing_is_left(tmp_path, cont
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_map_that_was_never_written_is_no_map_of_zeros(tmp_path):
+def test_a_short_chunk_and_a_long_one_are_not_taken_for_two_whole_ones(tmp_path):
+    foreign_features(tmp_path / "f.hdf5", (1, 12, 3, 3), compression="gzip")
+    with h5py.File(tmp_path / "f.hdf5", "r+") as file:
+        for channel, length in ((0, 4 * 12 * 9 - 1), (12, 4 * 12 * 9 + 1)):
+            content = zlib.compress(bytes(length))
+            file["feature_map"].id.write_direct_chunk((3, channel, 0, 0), content)
+    with pytest.raises(UserError, match="its maps do not end where they should"):
+        open_features(tmp_path / "f.hdf5").raw(np.array([3]))
+
+
+def test_without_h5pys_own_function_hdf5_unpacks_lzf(tmp_path, monkeypatch):
+    maps = foreign_features(tmp_path / "f.hdf5", (1, 5, 2, 2), compression="lzf")
+    monkeypatch.delitem(chunks_module.UNDO, h5py.h5z.FILTER_LZF)
+    features = open_features(tmp_path / "f.hdf5")
+    assert np.array_equal(features.raw(np.arange(108)).numpy(), maps)
+
+
+def partly_written(path, chunks, dtype="f4", rows=100, **filters):
+    """The small feature file whose maps were written up to a row; returns all of them."""
     arrays = feature_arrays()
     maps = arrays.pop("feature_map")
-    write_features(tmp_path / "f.hdf5", arrays)
-    with h5py.File(tmp_path / "f.hdf5", "a") as file:
-        target = file.create_dataset("feature_map", maps.shape, "f4", chunks=(4, 24, 3, 3))
-        target[:100] = maps[:100]
-    with pytest.raises(UserError, match="the map of image 100 was never written"):
-        open_features(tmp_path / "f.hdf5").raw(np.array([0]))
+    write_features(path, arrays)
+    with h5py.File(path, "a") as file:
+        target = file.create_dataset("feature_map", maps.shape, dtype, chunks=chunks, **filters)
+        if rows:
+            target[:rows] = maps[:rows]
+    return maps
+
+
+@pytest.mark.parametrize("chunks", [(1, 24, 3, 3), (1, 5, 3, 3), (4, 24, 3, 3), (50, 5, 1, 2)])
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+@pytest.mark.parametrize("dtype", ["f2", "f4"])
+def test_a_map_that_was_never_written_is_no_map_of_zeros(tmp_path, chunks, filters, dtype):
+    maps = partly_written(tmp_path / "f.hdf5", chunks, dtype, **filters)
+    features = open_features(tmp_path / "f.hdf5")
+    missing = r"the map of image 100 was never written\): run preprocessing.py again"
+    with pytest.raises(UserError, match=missing):
+        features.raw(np.array([3, 100, 107]))
+    if chunks[0] == 1:  # it needs no chunk that is not there
+        some = np.array([99, 0, 3])
+        assert np.array_equal(features.raw(some).numpy(), maps[some].astype(dtype))
+
+
+def test_a_channel_that_was_never_written_is_no_channel_of_zeros(tmp_path):
+    partly_written(tmp_path / "f.hdf5", (1, 8, 3, 3))
+    with h5py.File(tmp_path / "f.hdf5", "r+") as file:
+        file["feature_map"][100:107] = 1
+        file["feature_map"][107, :16] = 1
+    features = open_features(tmp_path / "f.hdf5")
+    assert np.array_equal(features.raw(np.array([106])).numpy(), np.ones((1, 24, 3, 3)))
+    with pytest.raises(UserError, match="the map of image 107 was never written"):
+        features.raw(np.array([106, 107]))
+
+
+def test_maps_in_one_piece_that_were_never_written_are_no_maps_of_zeros(tmp_path):
+    partly_written(tmp_path / "f.hdf5", None, rows=0)
+    with pytest.raises(UserError, match="the map of image 5 was never written"):
+        open_features(tmp_path / "f.hdf5").raw(np.array([5]))
 
 
 def test_a_damaged_repacked_file_is_named(tmp_path):

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,16 @@ import torch
 
 import preprocessing
 import util
-from helpers import feature_arrays, write_features
+from helpers import ROOT, feature_arrays, write_features
 from scegg.datasets import toy
 from scegg.datasets.word_vectors import read_vectors
+from scegg.datasets.xlsa17 import read_mat
 from scegg.features import disk, parts, reader
 from scegg.features.extract import Backbone
 from scegg.features.parts import Parts
 from scegg.features.reader import open_features
 from scegg.features.storage import FeatureMaps, Storage
+from scegg.features.weights import read_state
 from scegg.run.checkpoint import read_checkpoint
 from util import UserError, atomic_path, locked
 
@@ -30,7 +34,7 @@ GONE = "could not be read \\(Input/output error\\): see whether its disk or moun
 def failing(code):
     """A stand-in for any call of the system: it fails with this errno."""
 
-    def fail(*arguments):
+    def fail(*arguments, **_):
         raise OSError(code, os.strerror(code), *(str(a) for a in arguments if isinstance(a, Path)))
 
     return fail
@@ -181,6 +185,24 @@ def test_a_mount_that_went_away_is_no_damage(features, tmp_path, monkeypatch):
     assert some.paths[0].exists()
 
 
+GONE_AT_ONCE = """
+import os, sys
+from scegg.features.disk import SourceFile, open_hdf5
+file = SourceFile(sys.argv[1])
+os.dup2(os.open("/proc/self/mem", os.O_RDONLY), file.fileno())
+try:
+    open_hdf5(file)
+except OSError:
+    sys.exit(2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="EIO comes from Linux's /proc")
+def test_a_mount_that_went_away_crashes_nothing_at_the_end(features):
+    done = subprocess.run([sys.executable, "-c", GONE_AT_ONCE, features], cwd=ROOT)
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EACCES])
 def test_a_file_that_cannot_be_opened_is_neither_missing_nor_damaged(features, monkeypatch, code):
     for module, name in ((Path, "stat"), (reader, "SourceFile")):
@@ -195,6 +217,18 @@ def test_a_checkpoint_the_disk_does_not_give_is_not_damaged(tmp_path, monkeypatc
     monkeypatch.setattr("builtins.open", failing(errno.ESTALE))
     with pytest.raises(UserError, match="checkpoint.pt could not be read .*: see whether its disk"):
         read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_weights_and_mat_files_the_disk_does_not_give_are_not_damaged(tmp_path, monkeypatch, code):
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "a.mat").touch()
+    monkeypatch.setattr("torch.load", failing(code))
+    monkeypatch.setattr("scipy.io.loadmat", failing(code))
+    with pytest.raises(UserError, match="w.pth could not be read .*: see whether its disk"):
+        read_state(tmp_path / "w.pth")
+    with pytest.raises(UserError, match="a.mat could not be read .*: see whether its disk"):
+        read_mat(tmp_path / "a.mat", ("labels",))
 
 
 def test_hdf5s_own_locks_are_not_asked_for(features, monkeypatch):

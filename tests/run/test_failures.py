@@ -1,5 +1,6 @@
 """Runs that go wrong: losses that are not finite, full disks, damaged checkpoints."""
 
+import functools
 import subprocess
 
 import pytest
@@ -63,6 +64,58 @@ def test_a_damaged_checkpoint_is_told_in_one_line(features, tmp_path, monkeypatc
     with pytest.raises(UserError, match="checkpoint.pt is damaged") as caught:
         train(features, tmp_path / "runs", {}, "--resume")
     assert "\n" not in str(caught.value)
+
+
+# what a stranger may put into a checkpoint: where, and what instead
+MANGLED = [
+    ("notes", 5),
+    ("notes", {5: "features"}),
+    ("notes, features", 7),
+    ("notes, features", "features\0.hdf5"),
+    ("notes, logged", "0"),
+    ("notes, logged", -1),
+    ("notes, wandb_id", None),
+    ("notes, reuse_scen", "yes"),
+    ("notes, seconds", [1.0]),
+    ("notes, seconds, scen", "long"),
+    ("notes, seconds, evaluate", 1.0),
+    ("notes, graphs", None),
+    ("notes, graphs, step", "many"),
+    ("notes, local", "good"),
+    ("notes, local, acc_zs", "good"),
+    ("notes, choice", {"czsl": 3}),
+    ("notes, validation", [1]),
+    ("notes, validation_winners", {"czsl": {}}),
+    ("notes, ausuc", "large"),
+    ("notes, curve", torch.zeros(4)),
+    ("steps", [20]),
+    ("steps, distill", "20"),
+    ("steps, distill", None),
+    ("identity, seed", torch.zeros(2)),
+    ("parts, selection", {"picked": [], "last": None, "unselected": None}),
+    ("parts, selection", 5),
+    ("parts, winners, kept", {"picked": 5}),
+    ("parts, embeddings", {}),
+    ("parts, embeddings, trainval", [torch.zeros(3)] * 3),
+    ("parts, distill_losses, rows", torch.zeros(2, 7)),
+    ("parts, distill_losses, first", "1"),
+    ("parts, scen", ["weights"]),
+]
+
+
+def test_a_checkpoint_of_wrong_types_is_told_in_one_line(features, tmp_path, monkeypatch):
+    path = leave_unfinished_run(monkeypatch, features, tmp_path / "runs") / "checkpoint.pt"
+    for where, content in MANGLED:
+        saved = torch.load(path, weights_only=True)
+        whole, (*outer, last) = path.read_bytes(), where.split(", ")
+        functools.reduce(dict.__getitem__, outer, saved)[last] = content
+        torch.save(saved, path)
+
+        with pytest.raises(UserError, match="checkpoint.pt (is damaged|belongs to)") as caught:
+            train(features, tmp_path / "runs", {}, "--resume")
+        assert "\n" not in str(caught.value), where
+        path.write_bytes(whole)
+    train(features, tmp_path / "runs", {}, "--resume")
 
 
 @pytest.mark.parametrize(
