@@ -31,7 +31,8 @@ from scegg.features.feature_file import (
     read_provenance,
 )
 from scegg.features.repack import Repacked, repacked
-from util import UserError, fatal_signal, is_missing, unreadable
+from scegg.processes import fatal_signal
+from util import UserError, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
 # elements of an array that is read in one piece: a few hostile bytes can promise any number

@@ -19,6 +19,7 @@ from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
 from scegg.features.storage import Storage, choose_storage
+from scegg.processes import locked
 from scegg.run.checkpoint import Checkpoint, Stopped, check_identity, read_checkpoint
 from scegg.run.folder import RunFolder, folder_to_resume, new_folder
 from scegg.run.identity import identity_of_code, identity_of_data, provenance
@@ -33,7 +34,6 @@ from scegg.speed.threads import fix_threads
 from util import (
     FlagParser,
     UserError,
-    locked,
     pick_device,
     remedy,
     remove_partials,
