@@ -328,7 +328,8 @@ def train(job: Job, folder: RunFolder, checkpoint: Checkpoint) -> tuple[str, dic
         save_curve(folder.path / "seen_unseen_curve.csv", curve)
 
     summary = summarise(dataset, features, config, device, notes, pipeline.selection)
-    return result_table(dataset, summary["full_published_split"], result_rows(summary)), summary
+    published, w2v = summary["full_published_split"], summary["w2v"]
+    return result_table(dataset, published, result_rows(summary), w2v), summary
 
 
 def resume_command(path: Path, options) -> str:
