@@ -175,11 +175,11 @@ class Parts:
         Raises UserError where its settings or images differ from ours.
         """
         ours = self.facts()
-        settings = facts["settings"]
+        here, there = ours["settings"], facts["settings"]
         differing = [
-            f"{name} is {value} here and {settings.get(name)} there"
-            for name, value in ours["settings"].items()
-            if settings.get(name) != value
+            f"{name} is {here.get(name)} here and {there.get(name)} there"
+            for name in {**here, **there}  # some are said only where they are not the usual ones
+            if here.get(name) != there.get(name)
         ]
         if differing:
             raise UserError(
