@@ -189,7 +189,7 @@ def test_offline_the_hub_does_not_try_for_a_minute(timm, tmp_path, monkeypatch, 
     began = time.monotonic()
     message = r"could not be downloaded \(.*refused\): download http://127.0.0.1:9/timm/convnext"
     with pytest.raises(UserError, match=message):
-        build_backbone("timm/convnext_atto", None, 32)
+        build_backbone("timm/convnext_atto", None, 64)
     assert time.monotonic() - began < 10 and constants.HF_HUB_OFFLINE is False
     assert capfd.readouterr() == ("", "")
 
