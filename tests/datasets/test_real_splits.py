@@ -102,8 +102,8 @@ def test_the_way_to_the_table_on_the_real_split(real_data, tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "the full proposed split, the common release" in said
 
-    settings = SMALL_RUN | {"nepoch": 1, "batch_size": 2000}
-    train_joint.main([*backbone, "--wandb", "disabled", *flags(**settings)])
+    few = {"nepoch": 1, "scen_iterations": 2, "classifier_epochs": 1, "batch_size": 2000}
+    train_joint.main([*backbone, "--wandb", "disabled", *flags(**SMALL_RUN | few)])
     summary = read_summary(next((tmp_path / "runs").iterdir()))
     assert summary["full_published_split"] is True
     assert summary["split_fingerprint"] == LAYOUTS[dataset].release
