@@ -93,7 +93,9 @@ def check_numbers(files: RunFiles, options) -> bool:
         numbers, answers = evaluate_run(run, winners, device)
 
     rows = result_rows({"protocol": run.config.protocol} | numbers)
-    print(result_table(run.dataset, run.features.split.is_published(run.dataset), rows))
+    features = run.features
+    published, w2v = features.split.is_published(run.dataset), features.provenance.get("w2v")
+    print(result_table(run.dataset, published, rows, w2v))
     if options.report:
         folder = options.output or options.run
         write_report(folder, answers, run.features.class_names)

@@ -61,7 +61,6 @@ def main(argv=None):
     provenance = make_provenance(options, weights, annotations.split, pixels.name, device)
     images = dataset_images(options, annotations.image_files)
     settings = provenance | {"batch_size": options.batch_size}
-    settings |= {"compile": True} if options.compile else {}
     parts = Parts(options.output, images.paths, options.compression, settings)
 
     with sole_job(options.output) as ranks:

@@ -1,4 +1,4 @@
-"""What every other module leans on: errors for people, safe files, locks, seeds, devices.
+"""What every other module leans on: errors for people, safe files, seeds, devices.
 
 Upstream of everything: this module imports nothing of the project but `scegg` itself, which has to
 come before torch.
@@ -11,18 +11,15 @@ import argparse
 import codecs
 import contextlib
 import errno
-import faulthandler
 import hashlib
 import importlib
 import os
 import random
 import re
 import shutil
-import signal
 import stat
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +34,7 @@ def module_if_there(name: str):
         return None
 
 
-fcntl, resource = module_if_there("fcntl"), module_if_there("resource")  # not on Windows
-msvcrt = module_if_there("msvcrt")  # only there
+resource = module_if_there("resource")  # not on Windows
 
 # ---- errors for people
 
@@ -310,145 +306,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- locks and child processes
-
-HELD = set()  # the open lock files of this process
-
-
-def close_held_locks():
-    """Let go of the locks in a forked helper.
-
-    A DataLoader's worker would otherwise hold them for seconds after its parent was killed.
-    """
-    for file in HELD:
-        file.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=close_held_locks)
-
-
-@contextlib.contextmanager
-def locked(path: Path, doing: str, wait: bool = False):
-    """Hold the lock file `path` for a block; the holder removes it.
-
-    Whoever else wants it waits, or gets a UserError that says what is being done (`doing`). The
-    lock is the system's: it ends with its process, however that dies. On a disk without locks it
-    says so in a line, and holds nothing.
-    """
-    make_folder(path.parent)
-    file = take_lock(path, doing, wait)
-    HELD.add(file)
-    try:
-        yield
-    finally:
-        HELD.discard(file)
-        if fcntl is None:  # Windows removes no open file, nor one that the next holder has open
-            file.close()
-        with contextlib.suppress(OSError):
-            path.unlink()  # elsewhere, before it is let go: nobody else can hold it
-        file.close()
-
-
-def take_lock(path: Path, doing: str, wait: bool):
-    """The open file of a lock that is ours. Raises UserError as `locked` does."""
-    is_told = False
-    while True:
-        file = open_lock(path)
-        try:
-            is_ours = lock_at_once(file)
-        except OSError as error:  # which errno, differs from mount to mount
-            print(
-                f"the disk of {path.parent} has no locks ({error.strerror}): "
-                "let no other process work on the same file",
-                flush=True,
-            )
-            return file
-
-        if is_ours and is_still_at(file, path):
-            return file
-        file.close()
-        if is_ours:  # its holder was done and removed it: take a new one
-            continue
-
-        if not wait:
-            raise UserError(
-                f"another process is {doing} (it holds {path}): wait for it, or stop it"
-            )
-        if not is_told:
-            print(f"another process is {doing}: waiting for it", flush=True)
-        is_told = True
-        time.sleep(0.1)
-
-
-def lock_at_once(file) -> bool:
-    """Lock an open file; False if another process has it.
-
-    Raises OSError where the system or the disk has no locks.
-    """
-    if fcntl is None and msvcrt is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        busy = codes("EWOULDBLOCK", "EAGAIN") if fcntl is not None else codes("EACCES", "EDEADLK")
-        if error.errno not in busy:
-            raise
-        return False
-    return True
-
-
-def is_still_at(file, path: Path) -> bool:
-    """Whether an open file is the one that lies at `path`."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
-
-
-def open_lock(path: Path):
-    """The file of a lock, open. Raises UserError where it cannot be made."""
-    try:
-        return open(path, "a", encoding="utf-8")  # noqa: SIM115, the lock is held by it
-    except OSError as error:
-        raise unwritable(path, error) from None
-
-
-def survives(action, seconds: int) -> bool:
-    """Whether `action()` ends within `seconds` without killing its process.
-
-    It is tried in a forked process. What it raises there does not matter.
-    """
-    return fatal_signal(action, seconds) == 0
-
-
-def fatal_signal(action, seconds: int) -> int:
-    """The signal that killed the forked process in which `action()` was tried; 0 if none did.
-
-    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried.
-    """
-    if not hasattr(os, "fork"):
-        return 0
-
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            faulthandler.disable()  # we report the crash
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a hang in C hears no Python handler
-            signal.alarm(seconds)
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            action()
-        os._exit(0)
-
-    return max(0, -os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 # ---- seeds and devices

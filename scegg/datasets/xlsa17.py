@@ -13,7 +13,8 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from util import UserError, is_of_disk, survives, text_encoding, unreadable
+from scegg.processes import survives
+from util import UserError, is_of_disk, text_encoding, unreadable
 
 PATIENCE = 120  # seconds that reading a .mat file may take
 PADDING = " \t\0\x1a"  # of a line of a text; the last ended files of DOS

@@ -96,9 +96,9 @@ def make_provenance(
 ) -> dict:
     """What the maps depend on, in the words of the file.
 
-    options: dataset, img_size, normalization, precision and dtype. weights: backbone, weights and
-    weights_sha256, as `build_backbone` gives them, and what its builder knows better. pixels: the
-    name of the pixel statistics.
+    options: dataset, img_size, normalization, precision, dtype and compile. weights: backbone,
+    weights and weights_sha256, as `build_backbone` gives them, and what its builder knows better.
+    pixels: the name of the pixel statistics.
     """
     versions = {
         "torch": torch.__version__,
@@ -107,11 +107,13 @@ def make_provenance(
         "pillow": PIL.__version__,
     }
     size = options.img_size
-    # said only where it is not the usual one: parts of older versions are still gone on with
-    stored = {} if options.dtype == "float32" else {"dtype": options.dtype}
+    # said only where they are not the usual ones: parts of older versions are still gone on with
+    unusual = {} if options.dtype == "float32" else {"dtype": options.dtype}
+    if options.compile:
+        unusual["compile"] = True
 
     return {
-        **stored,
+        **unusual,
         "batch_norm": "folded",
         **weights,
         "dataset": options.dataset,
@@ -155,10 +157,10 @@ def write_annotations(file: h5py.File, annotations: Annotations, provenance: dic
 
 
 def read_provenance(file: h5py.File) -> dict:
-    """The attributes of a file that are texts or numbers; no others are ours."""
+    """The attributes of a file that are texts, numbers or truths; no others are ours."""
     provenance = {}
     for name, value in file.attrs.items():
-        if isinstance(value, (str, np.integer, np.floating)):
+        if isinstance(value, (str, np.bool_, np.integer, np.floating)):
             provenance[name] = value.item() if isinstance(value, np.generic) else value
     return provenance
 

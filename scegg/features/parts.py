@@ -175,11 +175,11 @@ class Parts:
         Raises UserError where its settings or images differ from ours.
         """
         ours = self.facts()
-        settings = facts["settings"]
+        own, first = ours["settings"], facts["settings"]
         differing = [
-            f"{name} is {value} here and {settings.get(name)} there"
-            for name, value in ours["settings"].items()
-            if settings.get(name) != value
+            f"{name} is {own.get(name)} here and {first.get(name)} there"
+            for name in {**own, **first}  # some are said only where they are not the usual ones
+            if own.get(name) != first.get(name)
         ]
         if differing:
             raise UserError(

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from util import UserError, locked
+from scegg.processes import locked
+from util import UserError
 
 REACH = 30  # seconds in which the first rank's machine must answer
 PATIENCE = 300  # seconds without a beat after which a rank is given up; the first may come as late

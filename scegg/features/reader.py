@@ -36,7 +36,8 @@ from scegg.features.feature_file import (
     read_provenance,
 )
 from scegg.features.repack import Repacked, repacked
-from util import UserError, fatal_signal, is_missing, unreadable
+from scegg.processes import fatal_signal
+from util import UserError, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
 READ_AT_ONCE = 16  # images: their memory while they are normalised adds to the peak

@@ -22,7 +22,8 @@ from scegg.features.chunk_index import images_in_chunk, stored_chunks, unwritten
 from scegg.features.chunks import Target, read_chunks
 from scegg.features.disk import SourceFile, new_hdf5, open_hdf5
 from scegg.features.feature_file import MAPS, read_maps
-from util import UserError, atomic_path, locked, remove_partials, unreadable, unwritable
+from scegg.processes import locked
+from util import UserError, atomic_path, remove_partials, unreadable, unwritable
 
 AGAIN = "delete it and run again"
 BLOCK = 1 << 24  # bytes of maps that are held at once, or a column of chunks if that is more

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from scegg.features.reader import READ_AT_ONCE, Features
 from scegg.features.sampler import BalancedSampler
+from scegg.processes import locked
 from scegg.speed.threads import cgroup_folders
-from util import UserError, atomic_path, locked, remove_partials, require_space, unreadable
+from util import UserError, atomic_path, remove_partials, require_space, unreadable
 
 # ---------------------------------------------------------------- the choice
 

@@ -5,8 +5,11 @@ its final normalisation; class and register tokens are left out. At an image siz
 the pretraining, the library itself interpolates the position embedding.
 """
 
+import contextlib
 import difflib
+import importlib
 import math
+import os
 import sys
 
 import torch
@@ -14,12 +17,17 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from scegg.features.weights import Assembly, download_state, first_line, read_state
+from scegg.features.weights import (
+    Assembly,
+    download_state,
+    first_line,
+    read_state,
+    why_unreachable,
+)
 from util import UserError
 
 VITS = tuple(name for name in models.list_models(module=models) if name.startswith("vit_"))
 TIMM = "timm/"  # before the name of a network of timm
-HUB = "https://huggingface.co"
 
 
 def as_map(tokens: Tensor) -> Tensor:
@@ -225,15 +233,48 @@ def pretrained_state(name: str, options: dict) -> dict[str, Tensor]:
     config = timm_config(name)
     if not config.has_weights:
         raise UserError(f"--backbone {name}: timm has no weights of it; give --weights FILE")
+
+    url = url_of_weights(config)
+    with cache_alone_if_offline(url) as reason:
+        try:
+            return timm.create_model(short, pretrained=True, **options).state_dict()
+        except Exception as error:  # the hub's client raises many kinds
+            raise UserError(
+                f"the {name} weights could not be downloaded ({reason or first_line(error)}): "
+                f"download {url} elsewhere and give it as --weights FILE"
+            ) from None
+
+
+def url_of_weights(config) -> str:
+    """Where timm has weights from; config: its description of them."""
+    if not config.hf_hub_id:
+        return config.url
+    file = config.hf_hub_filename or "model.safetensors"
+    return f"{hub().ENDPOINT}/{config.hf_hub_id}/resolve/main/{file}"
+
+
+def hub():
+    """The settings of the hub's client, which comes with timm."""
+    return importlib.import_module("huggingface_hub.constants")
+
+
+@contextlib.contextmanager
+def cache_alone_if_offline(url: str):
+    """Let the hub's client look into its cache alone where the url's host cannot be reached.
+
+    It would try again for a minute, and print each time. Yields the reason, None where the host
+    answers. Variables of the user's decide where there are some.
+    """
+    if {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"} & os.environ.keys():
+        yield None
+        return
+
+    reason = why_unreachable(url)
+    hub().HF_HUB_OFFLINE = reason is not None
     try:
-        return timm.create_model(short, pretrained=True, **options).state_dict()
-    except Exception as error:  # the hub's client raises many kinds
-        file = config.hf_hub_filename or "model.safetensors"
-        url = f"{HUB}/{config.hf_hub_id}/resolve/main/{file}" if config.hf_hub_id else config.url
-        raise UserError(
-            f"the {name} weights could not be downloaded ({first_line(error)}): download {url} "
-            "elsewhere and give it as --weights FILE"
-        ) from None
+        yield reason
+    finally:
+        hub().HF_HUB_OFFLINE = False
 
 
 def fitted(state: dict[str, Tensor], network: nn.Module, source: str) -> dict[str, Tensor]:

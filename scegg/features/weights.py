@@ -5,8 +5,11 @@ Nothing in a file runs.
 
 import argparse
 import hashlib
+import http.client
 import os
+import ssl
 import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,7 @@ from util import UserError, is_of_disk, sha256, unreadable
 
 OFFLINE = "efficientnet_lite2"  # its weights come in an installed package
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its state dict lies
+ANSWER = 10  # seconds in which a host must answer
 PREFIXES = ("module.", "backbone.", "model.")  # what training code puts before a tensor's name
 
 
@@ -120,6 +124,22 @@ def download_state(name: str) -> tuple[dict[str, Tensor], str]:
             "whose weights are installed"
         ) from None
     return state, str(weights)
+
+
+def why_unreachable(url: str) -> str | None:
+    """Why a host cannot be reached, None where it answers, whatever that is.
+
+    None as well where the net is there, and something else is the matter.
+    """
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER):
+            return None
+    except (urllib.error.HTTPError, http.client.HTTPException):
+        return None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else first_line(reason)
 
 
 def cached_state(name: str, weights, cached: Path) -> dict[str, Tensor]:

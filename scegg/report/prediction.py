@@ -35,6 +35,7 @@ from util import UserError, one_line
 
 CLASSES = 5  # that are named for a picture
 ATTRIBUTES = 3  # that are named for a class
+LETTERS = 50  # of a picture's name in that of its drawing: names of files end at 255 bytes
 COLUMNS = ("image", "rank", "class", "kind", "probability", "attributes", "attention")
 
 
@@ -190,7 +191,7 @@ def predict(
             count += 1
             drawn = None
             if folder:
-                drawn = folder / f"{count:06d}_{path.stem}.png"
+                drawn = folder / f"{count:06d}_{path.stem[:LETTERS]}.png"
                 best = guesses[row][0]
                 title = f"{class_title(best.name)} ({best.kind})"
                 predictor.draw(drawn, title, crops[row], best, seen, row)

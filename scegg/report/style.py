@@ -1,10 +1,22 @@
 """What all figures share: the page's width, matplotlib's style, names of classes, the files."""
 
+import functools
 import re
+import unicodedata
+import warnings
+from collections.abc import Set
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.font_manager import (
+    FontProperties,
+    findfont,
+    findSystemFonts,
+    fontManager,
+    get_font,
+)
+from matplotlib.text import Text
 
 from util import atomic_path
 
@@ -43,5 +55,66 @@ def save(figure: Figure, base: Path):
 def write_picture(figure: Figure, path: Path):
     """Write a figure as .pdf or .png. Raises UserError if it cannot be written."""
     kind = path.suffix.removeprefix(".")
-    with atomic_path(path) as temporary, matplotlib.rc_context(STYLE):
+    use_fonts_of_the_system(figure)
+    with (
+        atomic_path(path) as temporary,
+        matplotlib.rc_context(STYLE),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it was said already, in one line
         figure.savefig(temporary, format=kind, metadata=METADATA[kind])
+
+
+# ---- letters that matplotlib's own font lacks
+
+
+def use_fonts_of_the_system(figure: Figure):
+    """Let a figure's texts use the system's fonts for letters that matplotlib's own font lacks.
+
+    Those are Chinese, Japanese and Korean ones, and others.
+    """
+    texts = figure.findobj(Text)
+    own = get_font(findfont(FontProperties()))
+    letters = {letter for text in texts for letter in text.get_text() if letter.isprintable()}
+    missing = lacking(own, letters)
+    if not missing:
+        return
+
+    families = families_with(missing)
+    for text in texts:
+        text.set_fontfamily(list(dict.fromkeys((*text.get_fontfamily(), *families))))
+
+
+@functools.cache
+def families_with(letters: frozenset[str]) -> tuple[str, ...]:
+    """Families of the system's fonts that have these letters; a line on those that none has."""
+    families = []
+    for path in sorted(findSystemFonts(), key=is_not_regular):
+        try:
+            font = get_font(path)
+            missing = lacking(font, letters)
+        except (OSError, RuntimeError):  # damaged, or of a kind that matplotlib does not draw
+            continue
+        if len(missing) < len(letters):
+            fontManager.addfont(path)  # it may be newer than matplotlib's list
+            families.append(font.family_name)
+            letters = missing
+
+    if letters:
+        first = unicodedata.name(min(letters), "a letter without a name")
+        print(
+            f"letters of this figure are in no font here, such as {first}, and are drawn as boxes: "
+            "install Noto Sans CJK for Chinese, Japanese and Korean (Debian, Ubuntu: "
+            "fonts-noto-cjk), or Noto's font of another script (fonts-noto-core)"
+        )
+    return tuple(families)
+
+
+def lacking(font, letters: Set[str]) -> frozenset[str]:
+    """The letters that a font does not have."""
+    return frozenset(letter for letter in letters if not font.get_char_index(ord(letter)))
+
+
+def is_not_regular(path: str) -> tuple[bool, str]:
+    """The order in which fonts are looked through: regular ones before bold and thin ones."""
+    return "regular" not in Path(path).name.lower(), path

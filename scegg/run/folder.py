@@ -8,9 +8,10 @@ import secrets
 from pathlib import Path
 
 from scegg.config import Config, config_yaml
+from scegg.processes import locked
 from scegg.run.wandb_mirror import Mirror
 from scegg.run.winners import share_equal_tensors
-from util import UserError, locked, save_tensors, sha256, write_text
+from util import UserError, save_tensors, sha256, write_text
 
 
 class RunFolder:

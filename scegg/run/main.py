@@ -19,6 +19,7 @@ from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
 from scegg.features.storage import Storage, choose_storage
+from scegg.processes import locked
 from scegg.run.checkpoint import Checkpoint, Stopped, check_saved, read_checkpoint
 from scegg.run.folder import RunFolder, folder_to_resume, new_folder
 from scegg.run.identity import identity_of_code, identity_of_data, provenance
@@ -33,7 +34,6 @@ from scegg.speed.threads import fix_threads
 from util import (
     FlagParser,
     UserError,
-    locked,
     pick_device,
     remedy,
     remove_partials,
@@ -328,7 +328,8 @@ def train(job: Job, folder: RunFolder, checkpoint: Checkpoint) -> tuple[str, dic
         save_curve(folder.path / "seen_unseen_curve.csv", curve)
 
     summary = summarise(dataset, features, config, device, notes, pipeline.selection)
-    return result_table(dataset, summary["full_published_split"], result_rows(summary)), summary
+    published, w2v = summary["full_published_split"], summary["w2v"]
+    return result_table(dataset, published, result_rows(summary), w2v), summary
 
 
 def resume_command(path: Path, options) -> str:

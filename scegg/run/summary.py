@@ -121,14 +121,21 @@ def metrics_of(summary: dict, prefix: str) -> Metrics:
     return Metrics(*(summary.get(prefix + name) for name in Metrics._fields))
 
 
-def result_table(dataset: str, published: bool, rows: list[tuple[str, Metrics]]) -> str:
+def result_table(
+    dataset: str, published: bool, rows: list[tuple[str, Metrics]], w2v: str | None = None
+) -> str:
     """The table printed at the end of a run.
 
-    published: whether the data are the paper's; then, and only then, its row stands below ours.
+    published: whether the split is the full one that is published. w2v: source of the word vectors,
+    as the feature file says it. The paper's row stands below ours only where both are the paper's.
     """
-    is_papers = LAYOUTS[dataset].paper
-    note = " (not the paper's full dataset)" if is_papers and not published else ""
-    scegg = published_scegg(dataset) if published else None
+    note = ""
+    if LAYOUTS[dataset].paper and not published:
+        note = " (not the paper's full dataset)"
+    elif LAYOUTS[dataset].paper and w2v == "gaussian":
+        note = " (Gaussian word vectors, not the paper's)"
+
+    scegg = published_scegg(dataset) if published and not note else None
     if scegg:
         rows = [*rows, ("published SC-EGG", scegg)]
 

@@ -128,8 +128,10 @@ def check_model(model: dict):
                 raise TypeError("epoch")
 
     names, unseen = [*model["class_names"], *model["attribute_names"]], model["unseen"]
-    if not all(isinstance(name, str) for name in names) or not isinstance(model["features"], dict):
+    if not all(isinstance(name, str) for name in names):
         raise TypeError("names")
+    if not all(isinstance(value, (str, int, float)) for value in model["features"].values()):
+        raise TypeError("features")
     if not unseen or not set(unseen) <= set(range(len(model["class_names"]))):
         raise ValueError("unseen")
 

@@ -1,14 +1,21 @@
 """The format of the feature file: gzip chunks, whole and damaged."""
 
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
+import preprocessing
 from helpers import feature_arrays, write_features
 from scegg.features.chunks import Packing
+from scegg.features.feature_file import make_provenance
+from scegg.features.parts import Parts
 from scegg.features.reader import open_features
+from scegg.run.identity import identity_of_data
 from util import UserError
 
 
@@ -54,3 +61,25 @@ def test_damaged_gzip_chunks_and_bombs_are_refused(tmp_path, chunk):
     gzip_features(tmp_path / "f.hdf5", chunk)
     with pytest.raises(UserError, match="damaged"):
         open_features(tmp_path / "f.hdf5").raw(np.array([2, 3]))
+
+
+def test_a_compiled_backbone_is_in_the_provenance(tmp_path):
+    """Its maps round in another way; a file that does not say it was made without."""
+
+    def made_with(*flags):
+        options = preprocessing.parse_arguments(["--dataset", "CUB", *flags])
+        split = SimpleNamespace(fingerprint="f626f7f0210f")  # of feature_arrays
+        return make_provenance(options, {}, split, "ImageNet", torch.device("cpu"))
+
+    plain, compiled = made_with(), made_with("--compile")
+    assert compiled == {**plain, "compile": True}
+    parts = [Parts(tmp_path / "f.hdf5", [Path(__file__)], None, made) for made in (plain, compiled)]
+    assert parts[0].folder != parts[1].folder
+
+    files = [
+        open_features(write_features(tmp_path / f"{name}.hdf5", feature_arrays(), **made))
+        for name, made in (("plain", plain), ("compiled", compiled))
+    ]
+    assert "compile" not in files[0].provenance and files[1].provenance["compile"] is True
+    first, second = map(identity_of_data, files)
+    assert first["features"] != second["features"]

@@ -20,7 +20,8 @@ from helpers import ROOT
 from scegg.datasets import toy
 from scegg.features.backbones import build_backbone
 from scegg.features.reader import open_features
-from util import UserError, locked
+from scegg.processes import locked
+from util import UserError
 
 OFFLINE = ["--dataset", "TOY", "--backbone", "efficientnet_lite2"]
 OFFLINE += ["--img_size", "64", "--num_workers", "0"]

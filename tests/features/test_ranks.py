@@ -229,6 +229,9 @@ def test_copies_of_the_images_make_parts_of_the_same_names(tmp_path, monkeypatch
 
     with pytest.raises(UserError, match="device is cuda here and cpu there: start all ranks"):
         parts_of(there, {"device": "cuda"}).adopt(first.facts())
+    compiled = parts_of(here, {"device": "cpu", "compile": True})
+    with pytest.raises(UserError, match="compile is None here and True there: start all ranks"):
+        parts_of(there, {"device": "cpu"}).adopt(compiled.facts())
     (there / "3.jpg").write_bytes(bytes(8999) + b"x")  # of the same size
     with pytest.raises(UserError, match="images 2 to 3 .*2.jpg on.* are not the first rank's"):
         parts_of(there, {"device": "cpu"}).adopt(first.facts())

@@ -1,7 +1,10 @@
 """Token maps: the library's own tokens, other sizes, fine-tuned weights, what is refused."""
 
 import argparse
+import http.server
 import sys
+import threading
+import time
 
 import h5py
 import numpy as np
@@ -16,6 +19,8 @@ from scegg.datasets import toy
 from scegg.features.backbones import build_backbone, fold, pixel_statistics
 from scegg.features.feature_file import feature_file
 from scegg.features.images import PixelNormalization
+from scegg.features.tokens import cache_alone_if_offline
+from scegg.features.weights import why_unreachable
 from util import UserError
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -164,11 +169,46 @@ def test_offline_the_file_to_fetch_is_named(timm, monkeypatch):
             raise OSError("no network")
         return create(name, **options)
 
+    monkeypatch.setattr("scegg.features.tokens.why_unreachable", lambda url: None)
     monkeypatch.setattr(timm, "create_model", offline)
     url = "https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k/resolve/main"
     message = f"could not be downloaded .*{url}/model.safetensors elsewhere.*--weights FILE"
     with pytest.raises(UserError, match=message):
         build_backbone("timm/vit_tiny_patch16_224.augreg_in21k", None, 32)
+
+
+def test_offline_the_hub_does_not_try_for_a_minute(timm, tmp_path, monkeypatch, capfd):
+    from huggingface_hub import constants
+
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    began = time.monotonic()
+    message = r"could not be downloaded \(.*refused\): download http://127.0.0.1:9/timm/convnext"
+    with pytest.raises(UserError, match=message):
+        build_backbone("timm/convnext_atto", None, 64)
+    assert time.monotonic() - began < 10 and constants.HF_HUB_OFFLINE is False
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_users_own_choice_of_offline_stays(timm, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("scegg.features.tokens.why_unreachable", lambda url: "nothing is asked")
+    with cache_alone_if_offline("http://127.0.0.1:9") as reason:
+        assert reason is None and constants.HF_HUB_OFFLINE is False
+
+
+def test_a_host_that_answers_is_there():
+    answers = http.server.BaseHTTPRequestHandler  # 501 to everything
+    with http.server.HTTPServer(("127.0.0.1", 0), answers) as host:
+        threading.Thread(target=host.handle_request, daemon=True).start()
+        assert why_unreachable(f"http://127.0.0.1:{host.server_port}") is None
+    assert "refused" in why_unreachable(f"http://127.0.0.1:{host.server_port}")
 
 
 def test_pretrained_weights_are_named_exactly(timm, monkeypatch):
@@ -178,6 +218,7 @@ def test_pretrained_weights_are_named_exactly(timm, monkeypatch):
     def cached(name, pretrained=False, **options):
         return create(name, **options)
 
+    monkeypatch.setattr("scegg.features.tokens.why_unreachable", lambda url: None)
     monkeypatch.setattr(timm, "create_model", cached)
     _, provenance = build_backbone("timm/vit_tiny_patch16_224", None, 32)
     assert provenance["weights"] == "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -231,6 +231,7 @@ STRANGE = [
     drop("class_names"),
     put([99], "unseen"),
     put(None, "features"),
+    put([], "features", "precision"),
 ]
 
 

@@ -15,6 +15,7 @@ import torch
 import preprocessing
 import util
 from helpers import ROOT, feature_arrays, write_features
+from scegg import processes
 from scegg.datasets import toy
 from scegg.datasets.word_vectors import read_vectors
 from scegg.datasets.xlsa17 import read_mat
@@ -24,8 +25,9 @@ from scegg.features.parts import Parts
 from scegg.features.reader import open_features
 from scegg.features.storage import FeatureMaps, Storage
 from scegg.features.weights import read_state
+from scegg.processes import locked
 from scegg.run.checkpoint import read_checkpoint
-from util import UserError, atomic_path, locked
+from util import UserError, atomic_path
 
 CPU = torch.device("cpu")
 GONE = "could not be read \\(Input/output error\\): see whether its disk or mount is still there"
@@ -49,7 +51,7 @@ def failing(code):
 def test_whatever_the_errno_a_disk_without_locks_is_said_so_in_a_line(
     tmp_path, monkeypatch, capsys, name
 ):
-    monkeypatch.setattr(util.fcntl, "flock", failing(getattr(errno, name)))
+    monkeypatch.setattr(processes.fcntl, "flock", failing(getattr(errno, name)))
     with locked(tmp_path / ".lock", "testing", wait=True):
         pass
     said = capsys.readouterr().out
@@ -234,7 +236,7 @@ def test_weights_and_mat_files_the_disk_does_not_give_are_not_damaged(tmp_path, 
 def test_hdf5s_own_locks_are_not_asked_for(features, monkeypatch):
     monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "TRUE")
     with open(features, "rb") as held:
-        util.fcntl.flock(held, util.fcntl.LOCK_EX)
+        processes.fcntl.flock(held, processes.fcntl.LOCK_EX)
         data = open_features(features)
         assert len(data.read(np.arange(3))) == 3
 

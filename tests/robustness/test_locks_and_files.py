@@ -1,4 +1,4 @@
-"""The lock, the atomic file, and errors: what util.py promises when processes and disks fail."""
+"""The lock, the atomic file, and errors: what is promised when processes and disks fail."""
 
 import errno
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import util
-from util import UserError, atomic_path, locked
+from scegg import processes
+from scegg.processes import locked
+from util import UserError, atomic_path
 
 
 def hold_until_killed(path, held):
@@ -83,8 +85,8 @@ def test_errors_are_one_printable_line(capsys):
 
 def test_a_child_that_crashes_or_hangs_is_told():
     limit = resource.getrlimit(resource.RLIMIT_CORE)
-    assert util.survives(lambda: None, 5)
-    assert util.survives(lambda: 1 / 0, 5)
-    assert not util.survives(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5)
-    assert not util.survives(lambda: time.sleep(9), 1)
+    assert processes.survives(lambda: None, 5)
+    assert processes.survives(lambda: 1 / 0, 5)
+    assert not processes.survives(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5)
+    assert not processes.survives(lambda: time.sleep(9), 1)
     assert resource.getrlimit(resource.RLIMIT_CORE) == limit

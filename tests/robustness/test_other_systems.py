@@ -11,9 +11,11 @@ import torch
 
 import util
 from helpers import ROOT
+from scegg import processes
 from scegg.features.reader import open_features
 from scegg.features.storage import FeatureMaps, Storage
-from util import UserError, locked
+from scegg.processes import locked
+from util import UserError
 
 IMPORTS = """
 import os, signal, sys
@@ -24,7 +26,8 @@ for name in ("fork", "register_at_fork", "preadv", "pread"):
     delattr(os, name)
 del signal.alarm, signal.SIGALRM, signal.SIGKILL
 import evaluate, preprocessing, results, train_joint, visualize, util
-assert util.survives(lambda: None, 1)
+from scegg import processes
+assert processes.survives(lambda: None, 1)
 print(util.peak_memory_gb(util.pick_device("cpu")))
 """
 
@@ -48,9 +51,10 @@ class Msvcrt:
 @pytest.fixture
 def windows(monkeypatch):
     """This system, without what Windows lacks."""
-    monkeypatch.setattr(util, "msvcrt", Msvcrt(util.fcntl))
-    for name in ("fcntl", "resource"):
-        monkeypatch.setattr(util, name, None)
+    monkeypatch.setattr(processes, "msvcrt", Msvcrt(processes.fcntl))
+    monkeypatch.setattr(processes, "fcntl", None)
+    for module in (processes, util):
+        monkeypatch.setattr(module, "resource", None)
     for name in ("fork", "register_at_fork", "preadv", "pread"):
         monkeypatch.delattr(os, name)
     for name in ("SIGALRM", "SIGKILL"):
@@ -75,7 +79,7 @@ def test_locks_are_windows_own(windows, tmp_path):
 
 
 def test_without_any_locks_it_is_said(windows, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(util, "msvcrt", None)
+    monkeypatch.setattr(processes, "msvcrt", None)
     with locked(tmp_path / ".lock", "testing"):
         pass
     assert "has no locks (Function not implemented)" in capsys.readouterr().out

@@ -23,8 +23,9 @@ from resuming import (
     train_and_die_before,
     write_features_with_val,
 )
+from scegg.processes import locked
 from scegg.run import identity
-from util import UserError, locked
+from util import UserError
 
 
 @pytest.fixture

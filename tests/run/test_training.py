@@ -276,7 +276,15 @@ def test_published_row_stands_only_under_the_papers_data():
 
     other_data = result_table("CUB", False, [])
     assert "published" not in other_data and "not the paper's" in other_data
-    assert "published" not in result_table("TOY", False, [])
+    assert "published" not in result_table("TOY", False, [], "gaussian")
+    assert "(" not in result_table("TOY", False, [], "gaussian")
+
+
+def test_a_full_run_on_gaussian_word_vectors_says_so():
+    table = result_table("AWA2", True, [], "gaussian")
+    assert table.startswith("AWA2 (Gaussian word vectors, not the paper's)  ")
+    assert "published" not in table
+    assert "published" in result_table("AWA2", True, [], "GoogleNews.bin")
 
 
 def test_weighted_l1_is_smooth_where_prediction_equals_target():
