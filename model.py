@@ -357,10 +357,13 @@ class Decoder(nn.Module):
         return self.output(self.hidden(x))
 
     @torch.no_grad()
-    def classifier_input(self, x: Tensor) -> Tensor:
-        """[x ; Dec(x) ; hidden of Dec(x)] (B, D + K + ngh), what the softmax classifiers see."""
+    def classifier_input(self, x: Tensor, hidden_weight: float = 1.0) -> Tensor:
+        """[x ; Dec(x) ; hidden of Dec(x)] (B, D + K + ngh), what the softmax classifiers see.
+
+        hidden_weight: by which the hidden layer is multiplied there; 1 is the method.
+        """
         hidden = self.hidden(x)
-        return torch.cat([x, self.output(hidden), hidden], dim=1)
+        return torch.cat([x, self.output(hidden), hidden_weight * hidden], dim=1)
 
 
 class Feedback(nn.Module):

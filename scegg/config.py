@@ -138,7 +138,12 @@ class Config:
     syn_num: int = positive("synthetic features an unseen class")
     classifier_lr: float = positive("Adam learning rate of the softmax classifiers")
     classifier_epochs: int = positive("epochs of the softmax classifiers")
-    seen_bias: float = key("calibrated stacking: taken from the seen logits", default=0.0)
+    classifier_hidden_weight: float = not_negative(
+        "weight of the decoder's hidden layer in what the softmax classifiers see", default=1.0
+    )
+    seen_bias: float = key(
+        "calibrated stacking: taken from the seen logits (validated chooses it itself)", default=0.0
+    )
 
     # logging and checkpoints
     log_freq_iteration: int = positive("iterations of a logged mean, stages 1 and 2", default=100)
@@ -301,6 +306,11 @@ def check_together(config: Config):
     if joint and config.joint_every > config.joint_refresh:
         raise UserError(
             "joint_every is above joint_refresh: SCEN would be embedded anew without having learnt"
+        )
+    if config.protocol == "validated" and config.seen_bias:
+        raise UserError(
+            "protocol validated chooses the bias of the seen classes itself: leave out seen_bias, "
+            "or set protocol to paper"
         )
     if not config.use_decoder and (config.a1 > 0 or config.a2 > 0):
         raise UserError(

@@ -223,7 +223,8 @@ def validation_split(split: Split, share: float, seed: int, source) -> Split:
             f"{source} has no train_loc and val_loc: protocol validated needs xlsa17's; "
             "preprocess again, or use paper"
         )
-    labels = np.searchsorted(split.seen, split.labels)
+    labels = np.full(len(split.labels), -1)  # of test images nothing is known here
+    labels[split.trainval] = np.searchsorted(split.seen, split.labels[split.trainval])
     val_classes = np.unique(labels[split.val])
     train_classes = np.unique(labels[split.train])
     shared = np.intersect1d(val_classes, train_classes)

@@ -301,9 +301,11 @@ class EGGN(nn.Module):
     def classifier_input(self, x: Tensor) -> Tensor:
         """What the softmax classifiers see of features x (n, D) (section 6).
 
-        [x ; Dec(x) ; hidden of Dec(x)], or x itself in a run without decoder.
+        [x ; Dec(x) ; weighted hidden of Dec(x)], or x itself in a run without decoder.
         """
-        return self.Dec.classifier_input(x) if self.config.use_decoder else x
+        if not self.config.use_decoder:
+            return x
+        return self.Dec.classifier_input(x, self.config.classifier_hidden_weight)
 
 
 def rename_feedback(eggn: EGGN, state: dict, prefix: str, *_):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scegg.config import Config
+from scegg.method.calibration import ShareChoice, calibrated, seen_columns
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
 from scegg.method.steps import LossMeter, classifier_step
@@ -69,24 +70,43 @@ def logits_metrics(
     return in_percent(per_class_accuracy(y_unseen, czsl, C), (U, S))
 
 
+class Validated(NamedTuple):
+    """What protocol validated reports of an evaluation: the classifiers after their last epoch.
+
+    The one of GZSL is calibrated: its bias sends `unseen_share` of trainval to unseen classes.
+    """
+
+    metrics: Metrics
+    unseen_share: float | None  # None where CZSL alone is evaluated
+
+
 class Scores(NamedTuple):
     """What the softmax classifiers reach after each of their E epochs, as fractions.
 
     czsl (E,); gzsl (E, 2) holds U and S, or is None; linear: the GZSL classifier after its last
     epoch, to draw the seen-unseen curve from before the next evaluation.
-    kept: "picked" -> the classifiers of the epochs that are reported, "last" -> those of the last
-    epoch; each kind ("czsl" and, if it was evaluated, "gzsl") -> {"weight": (C, d), "bias": (C,)}.
+    kept: "picked" -> the classifiers that are reported, "last" -> those of the last epoch, as they
+    are; each kind ("czsl" and, if it was evaluated, "gzsl") -> {"weight": (C, d), "bias": (C,)}.
+    validated: what that protocol reports in place of the best epochs.
     """
 
     czsl: Tensor
     gzsl: Tensor | None
     linear: nn.Linear | None
     kept: dict | None = None
+    validated: Validated | None = None
 
     def best_epochs(self) -> tuple[int, int]:
         """The classifier epochs, from 0, of the best acc_zs and of the best H (0 without GZSL)."""
         best_gzsl = 0 if self.gzsl is None else int(harmonic_mean(*self.gzsl.T).argmax())
         return int(self.czsl.argmax()), best_gzsl
+
+    def reported(self) -> Metrics:
+        """What the run's protocol reports: the best epochs on the images evaluated, or validated's.
+
+        In the paper's protocol those images are the test set's.
+        """
+        return self.validated.metrics if self.validated else self.metrics(*self.best_epochs())
 
     def metrics(self, czsl_epoch: int = -1, gzsl_epoch: int = -1) -> Metrics:
         """The metrics after given classifier epochs, by default the last ones."""
@@ -98,22 +118,17 @@ class Scores(NamedTuple):
 
 
 class Kept:
-    """A copy of a classifier at its best epoch, the first of equals, or at a `chosen` one.
+    """A copy of a classifier at its best epoch, the first of equals.
 
     Which epoch that is stays on the device: nothing waits for it.
     """
 
-    def __init__(self, linear: nn.Linear, chosen: int | None = None):
-        self.linear, self.chosen, self.epoch = linear, chosen, -1
-        self.best, self.picked = -1.0, copy_of(linear)
+    def __init__(self, linear: nn.Linear):
+        self.linear, self.best, self.picked = linear, -1.0, copy_of(linear)
 
     def look(self, accuracy: Tensor):
-        """Take the classifier, if it is the one; accuracy: the number that it is picked by."""
-        self.epoch += 1
+        """Take the classifier, if it is the best so far by `accuracy`."""
         better = accuracy > self.best
-        if self.chosen is not None:
-            better = torch.full_like(better, self.epoch == self.chosen)
-
         self.best = accuracy.clamp(min=self.best)
         for name, tensor in self.picked.items():
             now = getattr(self.linear, name).detach()
@@ -148,16 +163,16 @@ class SoftmaxClassifier:
         epoch = partial(train_epoch, self.linear, self.optimizer, x, y, config.syn_num)
         self.epoch = graphed(epoch, self.linear, [self.optimizer], steps)
 
-    def fit(self, score, chosen: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def fit(self, score) -> tuple[Tensor, dict[str, Tensor]]:
         """Train from first weights N(0, 0.02); score after every epoch.
 
         score(linear) returns acc_zs, or U and S. Returns those of all epochs, stacked, on the
-        device, and the weights of the best epoch (of the `chosen` one).
+        device, and the weights of the best epoch.
         Raises UserError for a loss that is not finite.
         """
         self.start_anew()
         meter, scores = LossMeter("the softmax classifier", "loss"), []
-        kept = Kept(self.linear, chosen)
+        kept = Kept(self.linear)
 
         for _ in range(self.config.classifier_epochs):
             meter.add(self.epoch())
@@ -196,12 +211,20 @@ class Evaluation:
     CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
     all classes. It is made once in a run, so it keeps the classifiers and their inputs.
     embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
+    unseen_share: the one to report, in protocol validated; None: choose it at each evaluation.
     """
 
     def __init__(
-        self, eggn: EGGN, embeddings: dict[str, Embedding], unseen: Tensor, config: Config
+        self,
+        eggn: EGGN,
+        embeddings: dict[str, Embedding],
+        unseen: Tensor,
+        config: Config,
+        unseen_share: float | None = None,
     ):
         self.eggn, self.unseen, self.config = eggn, unseen, config
+        self.unseen_share = unseen_share
+        self.is_seen = seen_columns(len(eggn.att), unseen) > 0
         trainval = embeddings["trainval"]
         y = unseen.repeat_interleave(config.syn_num)
         self.real = len(trainval.y) if config.gzsl else 0
@@ -215,29 +238,43 @@ class Evaluation:
             y = torch.cat([trainval.y, y])
             self.gzsl = SoftmaxClassifier(self.x, y, len(eggn.att), config)
 
-    def scores(
-        self, embeddings: dict[str, Embedding], chosen: dict[str, int] | None = None
-    ) -> Scores:
-        """Train and score anew. chosen: the epochs to keep of "czsl" and "gzsl", if not the best.
-
-        Raises UserError for a loss that is not finite.
-        """
-        chosen = chosen or {}
+    def scores(self, embeddings: dict[str, Embedding]) -> Scores:
+        """Train and score anew. Raises UserError for a loss that is not finite."""
         self.fill(embeddings["trainval"].x)
         tests = {
             name: (self.eggn.classifier_input(embeddings[name].x), embeddings[name].y)
             for name in ("test_unseen", "test_seen")
             if self.config.gzsl or name == "test_unseen"
         }
-
-        czsl, picked = self.czsl.fit(self.score_czsl(*tests["test_unseen"]), chosen.get("czsl"))
+        czsl, picked = self.czsl.fit(self.score_czsl(*tests["test_unseen"]))
         kept = {"picked": {"czsl": picked}, "last": {"czsl": copy_of(self.czsl.linear)}}
-        if not self.config.gzsl:
-            return Scores(czsl, None, None, kept)
+        scores, choice = Scores(czsl, None, None, kept), None
+        is_validated = self.config.protocol == "validated"
 
-        gzsl, picked = self.gzsl.fit(self.score_gzsl(tests), chosen.get("gzsl"))
-        kept["picked"]["gzsl"], kept["last"]["gzsl"] = picked, copy_of(self.gzsl.linear)
-        return Scores(czsl, gzsl, self.gzsl.linear, kept)
+        if self.config.gzsl:
+            if is_validated and self.unseen_share is None:
+                choice = ShareChoice(self.x[: self.real], tests, self.is_seen)
+            gzsl, picked = self.gzsl.fit(self.score_gzsl(tests, choice))
+            kept["picked"]["gzsl"], kept["last"]["gzsl"] = picked, copy_of(self.gzsl.linear)
+            scores = Scores(czsl, gzsl, self.gzsl.linear, kept)
+        return self.validate(scores, tests, choice) if is_validated else scores
+
+    def validate(
+        self,
+        scores: Scores,
+        tests: dict[str, tuple[Tensor, Tensor]],
+        choice: ShareChoice | None,
+    ) -> Scores:
+        """The scores with what protocol validated reports: last classifiers, GZSL's calibrated."""
+        share, gzsl, kept = None, None, dict(scores.kept, picked=dict(scores.kept["last"]))
+        if scores.gzsl is not None:
+            share = choice.best() if choice else self.unseen_share
+            weights = calibrated(scores.linear, self.x[: self.real], self.is_seen, share)
+            kept["picked"]["gzsl"] = weights
+            gzsl = self.score_gzsl(tests)(partial(nn.functional.linear, **weights))
+
+        metrics = in_percent(scores.czsl[-1], gzsl)
+        return scores._replace(kept=kept, validated=Validated(metrics, share))
 
     def fill(self, trainval_x: Tensor):
         """The classifiers' inputs, by EGGN as it is now."""
@@ -255,12 +292,19 @@ class Evaluation:
 
         return score
 
-    def score_gzsl(self, tests: dict[str, tuple[Tensor, Tensor]]):
-        """What gives a classifier's (U, S) on the test images (n, d) and labels (n,) by split."""
+    def score_gzsl(
+        self, tests: dict[str, tuple[Tensor, Tensor]], choice: ShareChoice | None = None
+    ):
+        """What gives a classifier's (U, S) on the test images (n, d) and labels (n,) by split.
+
+        choice: what looks at each of them as well.
+        """
         classes = len(self.eggn.att)
         bias = self.config.seen_bias * seen_columns(classes, self.unseen)
 
-        def score(linear: nn.Linear) -> Tensor:
+        def score(linear) -> Tensor:
+            if choice:
+                choice.look(linear)
             accuracies = [
                 per_class_accuracy(y, (linear(x) - bias).argmax(dim=1), classes)
                 for x, y in (tests["test_unseen"], tests["test_seen"])
@@ -268,69 +312,3 @@ class Evaluation:
             return torch.stack(accuracies)
 
         return score
-
-
-# ---- the seen-unseen curve
-
-
-def seen_columns(classes: int, unseen: Tensor) -> Tensor:
-    """1 at the seen classes and 0 at the unseen ones (C,)."""
-    return torch.ones(classes, device=unseen.device).index_fill_(0, unseen, 0.0)
-
-
-@torch.no_grad()
-def seen_unseen_curve(
-    eggn: EGGN, linear: nn.Linear, embeddings: dict[str, Embedding], unseen: Tensor
-) -> Tensor:
-    """Calibrated stacking's curve: (seen_bias, S, U) at every bias where an image changes sides.
-
-    A bias, taken from the seen classes' logits, sends an image to the best unseen class once it
-    passes the image's margin: best seen logit - best unseen logit. So each image adds its share to
-    S (if its best seen class is right) for biases below its margin, and to U above it. Sorting the
-    margins gives all operating points at once.
-
-    Returns (n + 1, 3) on the host. The first row is a bias of -infinity, where nothing is unseen;
-    S and U are fractions.
-    """
-    is_seen = seen_columns(len(eggn.att), unseen) > 0
-    test_seen, test_unseen = embeddings["test_seen"], embeddings["test_unseen"]
-    seen_logits = linear(eggn.classifier_input(test_seen.x))
-    unseen_logits = linear(eggn.classifier_input(test_unseen.x))
-
-    seen_share = shares(seen_logits, test_seen.y, is_seen)
-    unseen_share = shares(unseen_logits, test_unseen.y, ~is_seen)
-    margin, order = torch.cat(
-        [margins(seen_logits, is_seen), margins(unseen_logits, is_seen)]
-    ).sort()
-
-    lost = torch.cat([seen_share, torch.zeros_like(unseen_share)])[order].cumsum(0)
-    won = torch.cat([torch.zeros_like(seen_share), unseen_share])[order].cumsum(0)
-    S = (seen_share.sum() - lost).clamp(min=0)
-    start = torch.stack([margin.new_tensor(-torch.inf), seen_share.sum(), margin.new_zeros(())])
-    return torch.cat([start[None], torch.stack([margin, S, won], dim=1)]).cpu()
-
-
-def margins(logits: Tensor, is_seen: Tensor) -> Tensor:
-    """Best seen logit - best unseen logit (n,) of logits (n, C)."""
-    best_seen = logits.masked_fill(~is_seen, -torch.inf).amax(dim=1)
-    best_unseen = logits.masked_fill(is_seen, -torch.inf).amax(dim=1)
-    return (best_seen - best_unseen).double()
-
-
-def shares(logits: Tensor, y: Tensor, group: Tensor) -> Tensor:
-    """What each image (n,) adds to the accuracy if its best class of `group` (C,) is right, else 0.
-
-    That is 1 / (images of its class x classes).
-    """
-    counts = torch.bincount(y, minlength=logits.shape[1])
-    hit = logits.masked_fill(~group, -torch.inf).argmax(dim=1) == y
-    return hit.double() / counts[y] / (counts > 0).sum()
-
-
-def area_under(curve: Tensor) -> float:
-    """AUSUC of a seen-unseen curve (n, 3): the integral of S over U, in [0, 1].
-
-    Source: Chao et al., An Empirical Study and Analysis of Generalized Zero-Shot Learning for
-    Object Recognition in the Wild, ECCV 2016.
-    """
-    return torch.trapezoid(curve[:, 1], curve[:, 2]).item()

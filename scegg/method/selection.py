@@ -2,8 +2,9 @@
 
 paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as in the
 paper.
-validated: both are picked on classes held out of trainval, in a run of their own. Then all of
-trainval is trained on, and the test set measures the epochs picked before. Nothing is chosen by it.
+validated: the epoch, and how far the softmax classifier is calibrated, are chosen on classes held
+out of trainval, in a run of their own. The classifiers are those after their last epoch. Then all
+of trainval is trained on, and the test set measures what was chosen before: it chooses nothing.
 """
 
 from scegg.config import Config
@@ -16,9 +17,9 @@ TARGETS = {"czsl": "acc_zs", "gzsl": "H"}  # the metric by which an epoch is pic
 class Selection:
     """The evaluations that count, for CZSL and for GZSL apart; a part of checkpoints.
 
-    choice: {"czsl": (epoch, classifier epoch), "gzsl": ...} picked elsewhere (validated). None:
-    whatever is best on the images evaluated, which are the test set's in the paper's protocol and
-    held-out ones in validation.
+    choice: {"czsl": {"epoch": ...}, "gzsl": ...} picked elsewhere (validated). None: whatever is
+    best on the images evaluated, which are the test set's in the paper's protocol and held-out ones
+    in validation.
     """
 
     def __init__(self, gzsl: bool, choice: dict | None = None):
@@ -26,7 +27,7 @@ class Selection:
         self.picked = {"czsl": None}
         if gzsl:
             self.picked["gzsl"] = None
-        self.last = None  # the last epoch's metrics, at its best (or chosen) classifier epoch
+        self.last = None  # the last epoch's metrics, as the protocol reports them
         self.unselected = None  # the same after the last classifier epoch: nothing was picked
 
     def wants(self, epoch: int, config: Config) -> bool:
@@ -34,25 +35,17 @@ class Selection:
         if epoch == config.nepoch:
             return True
         if self.choice:
-            return epoch in (chosen for chosen, _ in self.choice.values())
+            return epoch in (chosen["epoch"] for chosen in self.choice.values())
         return epoch % config.test_freq_epoch == 0
 
     def update(self, epoch: int, scores: Scores) -> dict:
         """Take an evaluation; returns what is logged of it."""
-        classifier_epochs = dict(zip(("czsl", "gzsl"), scores.best_epochs(), strict=True))
-        for kind, (_, chosen) in self.choice.items():
-            classifier_epochs[kind] = chosen
-
-        metrics = scores.metrics(classifier_epochs["czsl"], classifier_epochs["gzsl"])
-        self.last, self.unselected = metrics._asdict(), scores.metrics()._asdict()
-
+        self.last, self.unselected = scores.reported()._asdict(), scores.metrics()._asdict()
         for kind in self.picked:
             if self.is_picked(kind, epoch):
-                self.picked[kind] = {
-                    "epoch": epoch,
-                    "classifier_epoch": classifier_epochs[kind],
-                    "metrics": self.last,
-                }
+                self.picked[kind] = {"epoch": epoch, "metrics": self.last}
+                if scores.validated:
+                    self.picked[kind]["unseen_share"] = scores.validated.unseen_share
 
         logged = {"epoch": epoch} | without_none(self.last)
         return logged if self.choice else logged | self.best()
@@ -60,7 +53,7 @@ class Selection:
     def is_picked(self, kind: str, epoch: int) -> bool:
         """Whether the last evaluation, of this epoch, is the one to report."""
         if self.choice:
-            return epoch == self.choice[kind][0]
+            return epoch == self.choice[kind]["epoch"]
         before, target = self.picked[kind], TARGETS[kind]
         return before is None or self.last[target] > before["metrics"][target]
 
@@ -84,10 +77,18 @@ class Selection:
         """The epoch picked: GZSL's, if it is evaluated."""
         return list(self.picked.values())[-1]["epoch"]
 
+    @property
+    def unseen_share(self) -> float | None:
+        """The share of trainval's images that the picked classifier of GZSL calls unseen.
+
+        None where none was chosen: in the paper's protocol, and for CZSL.
+        """
+        return (self.picked.get("gzsl") or {}).get("unseen_share")
+
     def pick(self) -> dict:
         """The choice for the run on all of trainval."""
         return {
-            kind: (entry["epoch"], entry["classifier_epoch"])
+            kind: {name: entry[name] for name in ("epoch", "unseen_share")}
             for kind, entry in self.picked.items()
             if entry
         }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from scegg.method.evaluation import area_under
+from scegg.method.calibration import area_under
 from scegg.report.style import NAMES_STYLE, PAGE
 from util import UserError, text_encoding
 

@@ -12,16 +12,9 @@ from tqdm import tqdm
 from model import Scaler
 from scegg.datasets.splits import Split, validation_split
 from scegg.features.storage import FeatureMaps
+from scegg.method.calibration import area_under, seen_columns, seen_unseen_curve
 from scegg.method.embeddings import Embedding, embed_images
-from scegg.method.evaluation import (
-    Metrics,
-    area_under,
-    in_percent,
-    logits_metrics,
-    per_class_accuracy,
-    seen_columns,
-    seen_unseen_curve,
-)
+from scegg.method.evaluation import Metrics, in_percent, logits_metrics, per_class_accuracy
 from scegg.run.trained import (
     TrainedRun,
     channels_of,
@@ -102,7 +95,7 @@ class Judge:
         parts = self.embedded(winner)
         logits = {part: embedding.local_logits for part, embedding in parts.items()}
         if name == "global":
-            classifier = restore_classifier(self.run.name, winner, self.classes).to(self.device)
+            classifier = self.classifier(winner, self.classes)
             logits = {part: classifier(embedding.x) for part, embedding in parts.items()}
 
         seen, unseen = (parts[part].y for part in TEST_PARTS)
@@ -142,14 +135,18 @@ class Judge:
 
     def logits(self, winner: dict, part: str, classes: int) -> Tensor:
         """The logits (n, classes) of a part's images by a winner's classifier."""
-        classifier = restore_classifier(self.run.name, winner, classes).to(self.device)
-        return classifier(self.embedded(winner)[part].x)
+        return self.classifier(winner, classes)(self.embedded(winner)[part].x)
+
+    def classifier(self, winner: dict, classes: int) -> torch.nn.Module:
+        """A winner's classifier of so many classes."""
+        run = self.run
+        return restore_classifier(run.name, winner, run.config, classes).to(self.device)
 
     def ausuc(self, winner: dict) -> float:
         """The area under the seen-unseen curve of the last epoch's GZSL classifier."""
         eggn = restore_eggn(self.run)
         torch.nn.Module.to(eggn, self.device)  # without optimisers
-        classifier = restore_classifier(self.run.name, winner, self.classes).to(self.device)
+        classifier = self.classifier(winner, self.classes)
         inputs = eggn.classifier_input(torch.zeros(1, channels_of(winner), device=self.device))
         if inputs.shape[1] != classifier.linear.in_features:
             raise not_fitting(self.run.name, "winners'")

@@ -14,7 +14,7 @@ from torch import Tensor
 from model import Scaler
 from scegg.features.images import MEGAPIXELS
 from scegg.features.reader import normalize_positions
-from scegg.method.evaluation import seen_columns
+from scegg.method.calibration import seen_columns
 from scegg.report.attention import attention_of, figure_of, row_of
 from scegg.report.pictures import (
     AT_ONCE,
@@ -79,7 +79,7 @@ class Predictor:
         classes = shape[0] if task == "gzsl" else len(content["unseen"])
         embedder = restore_embedder(self.run_name, self.winner, self.config, shape)
         self.embedder = embedder.to(device)
-        classifier = restore_classifier(self.run_name, self.winner, classes)
+        classifier = restore_classifier(self.run_name, self.winner, self.config, classes)
         self.classifier = classifier.to(device)
         self.backbone = load_backbone(
             self.config, content["features"], files.folder, weights, device

@@ -12,15 +12,10 @@ from scegg.datasets.splits import Split, validation_split
 from scegg.features.reader import Features
 from scegg.features.sampler import BalancedSampler
 from scegg.features.storage import FeatureMaps, Storage
+from scegg.method.calibration import area_under, seen_unseen_curve
 from scegg.method.eggn import EGGN, LOSSES, Schedule
 from scegg.method.embeddings import SPLITS, Embedding, Embeddings, embed_splits
-from scegg.method.evaluation import (
-    Evaluation,
-    Metrics,
-    area_under,
-    logits_metrics,
-    seen_unseen_curve,
-)
+from scegg.method.evaluation import Evaluation, Metrics, logits_metrics
 from scegg.method.scen import fit_global_classifier, fit_scen
 from scegg.method.selection import Selection
 from scegg.method.steps import LossMeter
@@ -35,7 +30,7 @@ from util import seed_stream
 class Pipeline:
     """The networks of a run and its stages. log(stage, values) logs.
 
-    choice: the epochs that are reported, where they were picked before (see `Selection`).
+    choice: what is reported, where it was chosen before (see `Selection`).
     """
 
     def run(self):
@@ -282,12 +277,12 @@ class Pipeline:
         phase, notes, config = self.checkpoint.phase, self.checkpoint.notes, self.config
         last = epoch == config.nepoch
         seed_stream(config.seed, "evaluate", epoch)
-        chosen = {kind: number for kind, (_, number) in self.selection.choice.items()}
 
         with self.checkpoint.timed(f"{phase}evaluate"):
             if self.evaluation is None:
-                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, config)
-            scores = self.evaluation.scores(self.embeddings, chosen)
+                share = self.selection.choice.get("gzsl", {}).get("unseen_share")
+                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, config, share)
+            scores = self.evaluation.scores(self.embeddings)
             values = self.selection.update(epoch, scores)
             decoder = self.eggn.Dec if config.use_decoder else None
             self.winners.keep_epoch(epoch, self.selection, scores, decoder, last)
@@ -317,10 +312,11 @@ def run_validation(
     checkpoint: Checkpoint,
     log: Callable[[str, dict], None],
 ):
-    """Protocol validated: a run on a split inside trainval picks the epochs that are reported.
+    """Protocol validated: a run on a split inside trainval chooses what is reported.
 
-    Noted are the epochs ("choice"), the numbers they were picked by ("validation"), and what gave
-    these ("validation_winners"). Raises UserError for a split that cannot be divided so.
+    Noted are the epochs and the calibration ("choice"), the numbers they were picked by
+    ("validation"), and what gave these ("validation_winners"). No label of a test image is read.
+    Raises UserError for a split that cannot be divided so.
     """
 
     def log_validation(stage: str, values: dict):

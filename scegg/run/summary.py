@@ -48,6 +48,7 @@ def summarise(
     summary |= without_none(
         {name: notes.get(name) for name in ("model_sha256", "scen_from", "ausuc")}
     )
+    summary |= without_none({"unseen_share": selection.unseen_share})
     if any(notes["graphs"].values()):  # a CPU has none
         summary["graphs"] = notes["graphs"]
     summary |= notes.get("validation", {})

@@ -190,15 +190,17 @@ def restore_eggn(run: TrainedRun) -> EGGN:
 class Classifier(nn.Module):
     """A softmax classifier behind the decoder that it was trained with, if any.
 
-    x (n, D) dense-semantic features -> class logits.
+    x (n, D) dense-semantic features -> class logits. hidden_weight: classifier_hidden_weight.
     """
 
-    def __init__(self, decoder: Decoder | None, linear: nn.Linear):
+    def __init__(self, decoder: Decoder | None, linear: nn.Linear, hidden_weight: float):
         super().__init__()
-        self.decoder, self.linear = decoder, linear
+        self.decoder, self.linear, self.hidden_weight = decoder, linear, hidden_weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.decoder.classifier_input(x) if self.decoder else x)
+        if self.decoder:
+            x = self.decoder.classifier_input(x, self.hidden_weight)
+        return self.linear(x)
 
 
 def winners_of(files: RunFiles) -> dict:
@@ -261,13 +263,13 @@ def require_channels(run_name: str, winner: dict, channels: int):
         raise not_fitting(run_name, "winners'")
 
 
-def restore_classifier(run_name: str, winner: dict, classes: int) -> nn.Module:
+def restore_classifier(run_name: str, winner: dict, config: Config, classes: int) -> nn.Module:
     """The classifier of a winner, x (n, D) -> logits (n, classes).
 
     It is the distilled one in what was kept after stage 2. Raises UserError as restore_embedder.
     """
     try:
-        classifier = new_classifier(run_name, winner)
+        classifier = new_classifier(run_name, winner, config)
         logits = classifier(torch.zeros(1, channels_of(winner)))
         fits = logits.shape == (1, classes)
     except (RuntimeError, KeyError, TypeError, AttributeError, IndexError, ValueError):
@@ -277,7 +279,7 @@ def restore_classifier(run_name: str, winner: dict, classes: int) -> nn.Module:
     return classifier
 
 
-def new_classifier(run_name: str, winner: dict) -> nn.Module:
+def new_classifier(run_name: str, winner: dict, config: Config) -> nn.Module:
     """`restore_classifier` without its checks."""
     if "global_cls" in winner:
         first, last = winner["global_cls"]["0.weight"], winner["global_cls"]["2.weight"]
@@ -291,4 +293,4 @@ def new_classifier(run_name: str, winner: dict) -> nn.Module:
         decoder = Decoder(channels, len(winner["Dec"]["fc3.weight"]), hidden)
         restore(decoder, run_name, winner, "Dec")
     linear = restore(nn.Linear(inputs, classes), run_name, winner, "linear")
-    return Classifier(decoder, linear)
+    return Classifier(decoder, linear, config.classifier_hidden_weight)

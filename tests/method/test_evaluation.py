@@ -11,16 +11,21 @@ from sklearn.metrics import balanced_accuracy_score
 
 from helpers import SUN_CONFIG
 from scegg.config import read_config
+from scegg.method.calibration import (
+    ShareChoice,
+    area_under,
+    calibrated,
+    margins,
+    seen_unseen_curve,
+)
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
 from scegg.method.evaluation import (
     Evaluation,
     SoftmaxClassifier,
-    area_under,
     harmonic_mean,
     logits_metrics,
     per_class_accuracy,
-    seen_unseen_curve,
 )
 
 CONFIG = read_config(SUN_CONFIG, {})
@@ -128,7 +133,7 @@ def test_a_classifier_that_is_done_with_leaves_its_memory_at_once():
         gc.enable()
 
 
-def small_evaluation(chosen=None, **changes):
+def small_evaluation(unseen_share=None, **changes):
     """The test images as classifier inputs, by split, the unseen labels, and Scores of an EGGN."""
     torch.manual_seed(0)
     small = {"ngh": 8, "ndh": 8, "syn_num": 7, "classifier_epochs": 6, "classifier_lr": 0.05}
@@ -140,7 +145,7 @@ def small_evaluation(chosen=None, **changes):
         "test_seen": Embedding(torch.rand(80, 5), None, seen.repeat(20)),
         "test_unseen": Embedding(torch.rand(50, 5), None, unseen.repeat(25)),
     }
-    scores = Evaluation(eggn, embeddings, unseen, config).scores(embeddings, chosen)
+    scores = Evaluation(eggn, embeddings, unseen, config, unseen_share).scores(embeddings)
     inputs = {name: eggn.classifier_input(split.x) for name, split in embeddings.items()}
     return {name: (inputs[name], embeddings[name].y) for name in inputs}, unseen, scores
 
@@ -157,15 +162,11 @@ def accuracies_of(weights, tests, unseen):
     return accuracy("czsl", "test_unseen", unseen), torch.stack(gzsl)
 
 
-@pytest.mark.parametrize("chosen", [None, {"czsl": 0, "gzsl": 3}])
-def test_the_classifiers_that_are_reported_are_kept(chosen):
+def test_the_classifiers_that_are_reported_are_kept():
     """Each has the accuracies that its epoch was reported with."""
-    tests, unseen, scores = small_evaluation(chosen)
+    tests, unseen, scores = small_evaluation()
     epochs = {"picked": scores.best_epochs(), "last": (-1, -1)}
     assert len(scores.czsl.unique()) > 1 and len(scores.gzsl.unique(dim=0)) > 1
-    if chosen:
-        assert epochs["picked"] != (0, 3)
-        epochs["picked"] = (0, 3)
 
     for name, (czsl_epoch, gzsl_epoch) in epochs.items():
         acc_zs, gzsl = accuracies_of(scores.kept[name], tests, unseen)
@@ -174,8 +175,63 @@ def test_the_classifiers_that_are_reported_are_kept(chosen):
     assert torch.equal(scores.kept["last"]["gzsl"]["weight"], scores.linear.weight)
 
 
+@pytest.mark.parametrize("unseen_share", [None, 0.35])
+def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(unseen_share):
+    tests, unseen, scores = small_evaluation(unseen_share, protocol="validated")
+    _, _, papers = small_evaluation()
+    assert torch.equal(scores.gzsl, papers.gzsl)  # the classifiers are the same ones
+
+    metrics, share = scores.validated
+    assert scores.reported() == metrics and (unseen_share is None or share == unseen_share)
+    acc_zs, gzsl = accuracies_of(scores.kept["picked"], tests, unseen)
+    assert metrics[:3] == tuple(100 * float(value) for value in (acc_zs, *gzsl))
+    assert acc_zs == scores.czsl[-1]
+
+    is_seen = torch.tensor([True, False, True, True, False, True])
+    last, picked = scores.kept["last"]["gzsl"], scores.kept["picked"]["gzsl"]
+    taken = last["bias"] - picked["bias"]
+    assert torch.equal(picked["weight"], last["weight"]) and not taken[unseen].any()
+    assert torch.allclose(taken[is_seen], taken[0]) and taken[0] != 0
+
+    own = torch.nn.functional.linear(tests["trainval"][0], **picked)
+    sent = (margins(own, is_seen) < 0).double().mean().item()
+    assert sent == pytest.approx(share, abs=1 / len(own))
+
+
+def test_the_share_that_is_chosen_has_the_best_mean_h():
+    """Against classifiers that are calibrated, and asked for their predictions, one by one."""
+    torch.manual_seed(1)
+    is_seen = torch.tensor([True, True, False, True, False])
+    real, linears = torch.randn(60, 4), [torch.nn.Linear(4, 5) for _ in range(3)]
+    tests = {
+        "test_unseen": (torch.randn(70, 4), torch.tensor([2, 4]).repeat(35)),
+        "test_seen": (torch.randn(90, 4), torch.tensor([0, 1, 3]).repeat(30)),
+    }
+    choice = ShareChoice(real, tests, is_seen)
+    with torch.no_grad():
+        for linear in linears:
+            choice.look(linear)
+
+    def mean_h(share):
+        found = []
+        for linear in linears:
+            weights = calibrated(linear, real, is_seen, share)
+            accuracies = [
+                per_class_accuracy(y, torch.nn.functional.linear(x, **weights).argmax(dim=1), 5)
+                for x, y in tests.values()
+            ]
+            found.append(harmonic_mean(*accuracies).item())
+        return np.mean(found)
+
+    expected = [mean_h(share) for share in choice.candidates.tolist()]
+    assert choice.best() == choice.candidates[int(np.argmax(expected))].item()
+    assert (choice.total / 3).tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_no_gzsl_classifier_is_kept_where_there_is_none():
     _, _, scores = small_evaluation(gzsl=False)
+    _, _, validated = small_evaluation(gzsl=False, protocol="validated")
+    assert validated.reported() == scores.metrics() and validated.validated.unseen_share is None
     assert list(scores.kept["picked"]) == list(scores.kept["last"]) == ["czsl"]
 
 

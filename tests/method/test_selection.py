@@ -1,5 +1,7 @@
 """Which numbers are reported, and on what they were chosen."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,10 @@ from helpers import (
     small_run_arguments,
     write_features,
 )
-from scegg.method.evaluation import Scores
+from scegg.method.evaluation import Metrics, Scores, Validated
 from scegg.method.selection import Selection
+from scegg.run import main
+from scegg.run.pipeline import run_validation
 
 
 @pytest.fixture
@@ -47,18 +51,34 @@ def test_selection_on_what_is_evaluated_and_by_choice():
     logged = paper.update(2, SECOND_EPOCH)
     assert logged["acc_zs"] == pytest.approx(50)
     assert logged["best_acc_zs"] == pytest.approx(60)
-    assert paper.pick() == {"czsl": (1, 1), "gzsl": (2, 1)} and paper.epoch == 2
+    assert paper.epoch == 2 and paper.picked["czsl"]["epoch"] == 1
     assert paper.unselected["acc_unseen"] == pytest.approx(10)
     assert paper.metrics().acc_seen == pytest.approx(60)
-
-    validated = Selection(gzsl=True, choice={"czsl": (1, 2), "gzsl": (2, 0)})
-    assert "best_H" not in validated.update(1, FIRST_EPOCH)
-    validated.update(2, SECOND_EPOCH)
-    assert validated.metrics() == pytest.approx((50, 20, 90, 2 * 20 * 90 / 110))
 
     again = Selection(gzsl=True)
     again.load_state_dict(paper.state_dict())
     assert again.metrics() == paper.metrics()
+
+
+def test_a_validation_chooses_and_the_run_after_it_obeys():
+    """Epochs are chosen by what validated reports, not by the best classifier epochs."""
+    first = FIRST_EPOCH._replace(validated=Validated(Metrics(50, 30, 60, 40), 0.2))
+    second = SECOND_EPOCH._replace(validated=Validated(Metrics(40, 50, 50, 50), 0.3))
+    validation = Selection(gzsl=True)
+    validation.update(1, first)
+    validation.update(2, second)
+    choice = validation.pick()
+    assert choice == {
+        "czsl": {"epoch": 1, "unseen_share": 0.2},
+        "gzsl": {"epoch": 2, "unseen_share": 0.3},
+    }
+    assert validation.metrics() == (50, 50, 50, 50) and validation.unseen_share == 0.3
+
+    validated = Selection(gzsl=True, choice=choice)
+    assert "best_H" not in validated.update(1, second)
+    validated.update(2, first)
+    assert validated.metrics() == (40, 30, 60, 40)
+    assert validated.unselected["acc_unseen"] == pytest.approx(40)
 
 
 def train(path, runs, *more, **changes):
@@ -79,10 +99,49 @@ def test_a_validated_run_chooses_nothing_on_the_test_set(path, tmp_path):
     assert len(tested) <= 3
     assert not any("best_H" in line for line in lines) and "best_H" not in summary
     chosen = next(line for line in tested if line["epoch"] == summary["best_epoch"])
-    assert summary["H"] == chosen["H"]
+    assert summary["H"] == chosen["H"] and 0 <= summary["unseen_share"] < 1
 
     assert {"last_H", "last_acc_zs", "ausuc"} <= set(summary)
     assert 0 <= summary["ausuc"] <= 1
+
+
+class HiddenTestLabels(np.ndarray):
+    """Labels of all images, of which those of the test images raise an error when touched."""
+
+    def __getitem__(self, index):
+        images = np.arange(len(self))[index]
+        if np.isin(images, self.test).any():
+            raise AssertionError("a test label was read")
+        return self.view(np.ndarray)[index]
+
+    def __array_function__(self, function, *_):
+        raise AssertionError(f"all labels were given to {function.__name__}")
+
+    __array_ufunc__ = __array_function__
+
+
+def test_test_labels_are_read_only_after_everything_is_chosen(path, tmp_path, monkeypatch):
+    """The choice is made without them, and the run goes on with what was chosen."""
+    chosen = []
+
+    def hiding(features, *rest):
+        split, checkpoint = features.split, rest[3]
+        hidden = split.labels.copy().view(HiddenTestLabels)
+        hidden.test = np.r_[split.test_seen, split.test_unseen]
+        with pytest.raises(AssertionError):
+            hidden[split.test_unseen[:1]]
+        with pytest.raises(AssertionError):
+            np.unique(hidden)
+        hidden_split = dataclasses.replace(split, labels=hidden)
+        run_validation(dataclasses.replace(features, split=hidden_split), *rest)
+        chosen.append(checkpoint.notes["choice"])
+
+    monkeypatch.setattr(main, "run_validation", hiding)
+    train(path, tmp_path / "runs", nepoch=3, protocol="validated")
+    (made,) = (tmp_path / "runs").iterdir()
+    (choice,), summary = chosen, read_summary(made)
+    assert choice["gzsl"]["epoch"] == summary["best_epoch"]
+    assert choice["gzsl"]["unseen_share"] == summary["unseen_share"]
 
 
 def test_seen_bias_moves_images_to_the_unseen_classes(path, tmp_path):

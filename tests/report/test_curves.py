@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import visualize
-from scegg.method.evaluation import area_under
+from scegg.method.calibration import area_under
 from scegg.report.curves import curve_figure, read_curve
 
 CURVE = "seen_bias,acc_seen,acc_unseen\n-inf,80.0,0.0\n-1,80.0,20.0\n0.5,60.0,40.0\n2,0.0,60.0\n"

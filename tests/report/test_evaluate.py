@@ -28,7 +28,7 @@ JOINT = {"scen_schedule": "joint", "joint_every": 2, "joint_refresh": 14, "joint
 # the kinds of run, by name: what each changes in the config
 KINDS = {
     "paper": {"a1": 0.5, "a2": 0.5, "seen_bias": 0.1},
-    "validated": {"protocol": "validated", "nepoch": 3},
+    "validated": {"protocol": "validated", "nepoch": 3, "classifier_hidden_weight": 0.1},
     "joint": JOINT | {"joint_distill_iterations": 4, "nepoch": 3},
     "cnn": WITHOUT_GUIDE | {"visual_features": "cnn"},
     "no decoder, labels": {"use_decoder": False, "distill_target": "labels"},
@@ -83,7 +83,8 @@ def test_every_number_is_computed_again_to_the_last_digit(tmp_path, capsys, kind
 def test_the_epoch_that_is_named_is_gzsls_wherever_it_was_picked(monkeypatch):
     """With protocol validated it can come before CZSL's, and then it is kept first."""
     epochs = [(1, "gzsl"), (3, "czsl")]
-    selection, winners = Selection(True, {kind: (epoch, 0) for epoch, kind in epochs}), Winners()
+    choice = {kind: {"epoch": epoch} for epoch, kind in epochs}
+    selection, winners = Selection(True, choice), Winners()
     of_kinds = {"czsl": {}, "gzsl": {}}
     scores = Scores(torch.ones(1), torch.ones(1, 2), None, {"picked": of_kinds, "last": of_kinds})
     for epoch, _ in epochs:

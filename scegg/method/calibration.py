@@ -1,0 +1,131 @@
+"""Calibrated stacking with a bias chosen on held-out classes (docs/method.md, section 9).
+
+A bias, taken from the logits of the seen classes, decides how many images go to unseen classes.
+Protocol validated chooses it in a run on held-out classes and carries it over to the run on all of
+trainval. Logits of the two runs have other scales, so a bias itself does not carry over. What does
+is the share of trainval's own images, all of seen classes, that it sends to unseen ones.
+
+Source of calibrated stacking: Chao et al., An Empirical Study and Analysis of Generalized
+Zero-Shot Learning for Object Recognition in the Wild, ECCV 2016.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from scegg.method.eggn import EGGN
+from scegg.method.embeddings import Embedding
+
+STEPS = 100  # shares are tried in steps of 1 %
+
+
+class ShareChoice:
+    """Finds the share with the best H over the epochs of a softmax classifier, on their mean.
+
+    One epoch alone would leave it to chance: a few held-out classes make H jump.
+    real (n, d): classifier inputs of trainval; tests: "test_unseen", "test_seen" -> (inputs,
+    labels); is_seen (C,) tells the seen classes.
+    """
+
+    def __init__(self, real: Tensor, tests: dict[str, tuple[Tensor, Tensor]], is_seen: Tensor):
+        self.real, self.tests, self.is_seen = real, tests, is_seen
+        self.candidates = torch.arange(STEPS, device=real.device) / STEPS
+        self.total = torch.zeros(STEPS, dtype=torch.float64, device=real.device)
+
+    def look(self, linear: nn.Linear):
+        """Take the classifier after an epoch: H at every share."""
+        biases = margins(linear(self.real), self.is_seen).quantile(self.candidates.double())
+        U = self.accuracy_above("test_unseen", linear, ~self.is_seen, biases, below=True)
+        S = self.accuracy_above("test_seen", linear, self.is_seen, biases, below=False)
+        self.total += 2 * U * S / (U + S).clamp(min=1e-9)
+
+    def accuracy_above(self, name, linear, group, biases, below: bool) -> Tensor:
+        """U (below) or S at every bias: an image is unseen where its margin is below the bias."""
+        x, y = self.tests[name]
+        logits = linear(x)
+        is_unseen = margins(logits, self.is_seen) < biases[:, None]
+        return (is_unseen == below).double() @ shares(logits, y, group)
+
+    def best(self) -> float:
+        """The share whose mean H is the best."""
+        return self.candidates[self.total.argmax()].item()
+
+
+@torch.no_grad()
+def calibrated(
+    linear: nn.Linear, real: Tensor, is_seen: Tensor, unseen_share: float
+) -> dict[str, Tensor]:
+    """The weights of a classifier whose bias sends a share of the images `real` to unseen classes.
+
+    real (n, d): its inputs of trainval; is_seen (C,). Returns {"weight": (C, d), "bias": (C,)}.
+    """
+    bias = margins(linear(real), is_seen).quantile(unseen_share).to(linear.bias.dtype)
+    return {
+        "weight": linear.weight.detach().clone(),
+        "bias": torch.where(is_seen, linear.bias - bias, linear.bias).detach(),
+    }
+
+
+def seen_columns(classes: int, unseen: Tensor) -> Tensor:
+    """1 at the seen classes and 0 at the unseen ones (C,)."""
+    return torch.ones(classes, device=unseen.device).index_fill_(0, unseen, 0.0)
+
+
+def margins(logits: Tensor, is_seen: Tensor) -> Tensor:
+    """Best seen logit - best unseen logit (n,) of logits (n, C)."""
+    best_seen = logits.masked_fill(~is_seen, -torch.inf).amax(dim=1)
+    best_unseen = logits.masked_fill(is_seen, -torch.inf).amax(dim=1)
+    return (best_seen - best_unseen).double()
+
+
+def shares(logits: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """What each image (n,) adds to the accuracy if its best class of `group` (C,) is right, else 0.
+
+    That is 1 / (images of its class x classes).
+    """
+    counts = torch.bincount(y, minlength=logits.shape[1])
+    hit = logits.masked_fill(~group, -torch.inf).argmax(dim=1) == y
+    return hit.double() / counts[y] / (counts > 0).sum()
+
+
+# ---- the seen-unseen curve
+
+
+@torch.no_grad()
+def seen_unseen_curve(
+    eggn: EGGN, linear: nn.Linear, embeddings: dict[str, Embedding], unseen: Tensor
+) -> Tensor:
+    """Calibrated stacking's curve: (seen_bias, S, U) at every bias where an image changes sides.
+
+    A bias, taken from the seen classes' logits, sends an image to the best unseen class once it
+    passes the image's margin: best seen logit - best unseen logit. So each image adds its share to
+    S (if its best seen class is right) for biases below its margin, and to U above it. Sorting the
+    margins gives all operating points at once.
+
+    Returns (n + 1, 3) on the host. The first row is a bias of -infinity, where nothing is unseen;
+    S and U are fractions.
+    """
+    is_seen = seen_columns(len(eggn.att), unseen) > 0
+    test_seen, test_unseen = embeddings["test_seen"], embeddings["test_unseen"]
+    seen_logits = linear(eggn.classifier_input(test_seen.x))
+    unseen_logits = linear(eggn.classifier_input(test_unseen.x))
+
+    seen_share = shares(seen_logits, test_seen.y, is_seen)
+    unseen_share = shares(unseen_logits, test_unseen.y, ~is_seen)
+    margin, order = torch.cat(
+        [margins(seen_logits, is_seen), margins(unseen_logits, is_seen)]
+    ).sort()
+
+    lost = torch.cat([seen_share, torch.zeros_like(unseen_share)])[order].cumsum(0)
+    won = torch.cat([torch.zeros_like(seen_share), unseen_share])[order].cumsum(0)
+    S = (seen_share.sum() - lost).clamp(min=0)
+    start = torch.stack([margin.new_tensor(-torch.inf), seen_share.sum(), margin.new_zeros(())])
+    return torch.cat([start[None], torch.stack([margin, S, won], dim=1)]).cpu()
+
+
+def area_under(curve: Tensor) -> float:
+    """AUSUC of a seen-unseen curve (n, 3): the integral of S over U, in [0, 1].
+
+    Source: Chao et al., An Empirical Study and Analysis of Generalized Zero-Shot Learning for
+    Object Recognition in the Wild, ECCV 2016.
+    """
+    return torch.trapezoid(curve[:, 1], curve[:, 2]).item()
