@@ -90,12 +90,19 @@ def are_seconds(value) -> bool:
 
 
 def is_choice(value) -> bool:
-    """Whether it is (epoch, classifier epoch) for CZSL and, if it is evaluated, GZSL."""
+    """Whether it is what was chosen for CZSL and, if it is evaluated, GZSL."""
     is_dict = isinstance(value, dict) and {"czsl"} <= set(value) <= {"czsl", "gzsl"}
     return is_dict and all(
-        isinstance(pair, tuple) and len(pair) == 2 and all(map(is_count, pair))
-        for pair in value.values()
+        set(chosen) == {"epoch", "unseen_share"}
+        and is_count(chosen["epoch"])
+        and is_share(chosen["unseen_share"])
+        for chosen in value.values()
     )
+
+
+def is_share(value) -> bool:
+    """Whether it is a share, or None where none was chosen."""
+    return value is None or is_number(value) and 0 <= value <= 1
 
 
 def is_curve(value) -> bool:
@@ -123,7 +130,7 @@ def is_selection(value: dict) -> bool:
     return {"czsl"} <= set(picked) <= {"czsl", "gzsl"} and all(
         entry is None
         or is_count(entry["epoch"])
-        and is_count(entry["classifier_epoch"])
+        and is_share(entry.get("unseen_share"))
         and is_metrics(entry["metrics"])
         for entry in picked.values()
     )
