@@ -211,6 +211,7 @@ OURS = [
     "joint_distill_iterations",
     "gzsl",
     "test_freq_epoch",
+    "classifier_hidden_weight",
     "seen_bias",
     "log_freq_iteration",
     "log_curves",
