@@ -28,12 +28,12 @@ class ShareChoice:
 
     def __init__(self, real: Tensor, tests: dict[str, tuple[Tensor, Tensor]], is_seen: Tensor):
         self.real, self.tests, self.is_seen = real, tests, is_seen
-        self.candidates = torch.arange(STEPS, device=real.device) / STEPS
+        self.candidates = torch.arange(STEPS, device=real.device, dtype=torch.float64) / STEPS
         self.total = torch.zeros(STEPS, dtype=torch.float64, device=real.device)
 
     def look(self, linear: nn.Linear):
         """Take the classifier after an epoch: H at every share."""
-        biases = margins(linear(self.real), self.is_seen).quantile(self.candidates.double())
+        biases = margins(linear(self.real), self.is_seen).quantile(self.candidates)
         U = self.accuracy_above("test_unseen", linear, ~self.is_seen, biases, below=True)
         S = self.accuracy_above("test_seen", linear, self.is_seen, biases, below=False)
         self.total += 2 * U * S / (U + S).clamp(min=1e-9)
