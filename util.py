@@ -36,6 +36,14 @@ def module_if_there(name: str):
 
 resource = module_if_there("resource")  # not on Windows
 
+# which of a text's first bytes are zeros, where it begins with ASCII and without a mark
+WITHOUT_MARK = {
+    bytes([0, 1, 1, 1]): "utf-32-le",
+    bytes([1, 1, 1, 0]): "utf-32-be",
+    bytes([0, 1]): "utf-16-le",
+    bytes([1, 0]): "utf-16-be",
+}
+
 # ---- errors for people
 
 
@@ -262,13 +270,20 @@ def require_file_size(folder: Path, size: float, what: str):
 
 
 def text_encoding(path: Path) -> str:
-    """The encoding of a text file: UTF-16 where it begins with its mark, else UTF-8.
+    """The encoding of a text file: UTF-16 or UTF-32 where it begins so, else UTF-8.
 
-    Either reads past the byte order mark that Windows writes.
+    All are read past the byte order mark that Windows writes. Without a mark, zeros beside the
+    first letter tell: our texts begin with ASCII.
     """
     with open(path, "rb") as file:
-        start = file.read(2)
-    return "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        start = file.read(4)
+
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    zeros = bytes(byte == 0 for byte in start)
+    return WITHOUT_MARK.get(zeros) or WITHOUT_MARK.get(zeros[:2], "utf-8-sig")
 
 
 def write_text(path: Path, text: str):

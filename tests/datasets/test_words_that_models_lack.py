@@ -82,33 +82,39 @@ def test_gaussian_vectors_are_as_before():
 
 # ---------------------------------------------------------------- texts
 
-ENCODINGS = {
-    "utf-8": b"",
-    "utf-8-sig": b"",
-    "utf-16-le": codecs.BOM_UTF16_LE,
-    "utf-16-be": codecs.BOM_UTF16_BE,
-}
+# (encoding, the mark before it)
+ENCODINGS = [
+    ("utf-8", b""),
+    ("utf-8-sig", b""),
+    ("utf-16-le", b""),
+    ("utf-16-le", codecs.BOM_UTF16_LE),
+    ("utf-16-be", b""),
+    ("utf-16-be", codecs.BOM_UTF16_BE),
+    ("utf-32-le", b""),
+    ("utf-32", b""),  # it writes a mark
+    ("utf-32-be", b""),
+]
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding, mark", ENCODINGS)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("numbered", [False, True])
-def test_attribute_names(tmp_path, encoding, end, numbered):
+def test_attribute_names(tmp_path, encoding, mark, end, numbered):
     names = ["has_bill_shape::dagger", "has_größe::klein", "black"]
     lines = [f" {n}\t{name}\0" if numbered else name for n, name in enumerate(names, 1)]
     (tmp_path / "TOY").mkdir()
     text = end.join(lines) + end + "\x1a"  # as files of DOS end
-    content = ENCODINGS[encoding] + text.encode(encoding)
+    content = mark + text.encode(encoding)
     (tmp_path / "TOY" / "attributes.txt").write_bytes(content)
     assert read_attribute_names(tmp_path, "TOY", 3) == names
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding, mark", ENCODINGS)
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("header", [[], ["2 3"]])
-def test_models_as_texts(tmp_path, encoding, end, header):
+def test_models_as_texts(tmp_path, encoding, mark, end, header):
     text = end.join([*header, "black 1 2 3", "weiß 4 5 6", ""])
-    (tmp_path / "m.txt").write_bytes(ENCODINGS[encoding] + text.encode(encoding))
+    (tmp_path / "m.txt").write_bytes(mark + text.encode(encoding))
     table = read_vectors(tmp_path / "m.txt", ["weiß", "black"])
     np.testing.assert_array_equal(table, [[4, 5, 6], [1, 2, 3]])
 
