@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision import transforms
 
 import preprocessing
-from helpers import ROOT
+from helpers import ROOT, run_script
 from scegg.datasets import toy
 from scegg.features.backbones import build_backbone
 from scegg.features.reader import open_features
@@ -183,17 +183,18 @@ def test_damaged_mat_files(own_toy, tmp_path):
             run(own_toy, tmp_path / "x.hdf5")
 
 
-def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
-    for argv in (
-        ["-d", "CUB", "--data_root", "nowhere"],
-        ["-d", "TOY", "-g", "cuda:77"],
-        ["-d", "TOY", "-g", "quantum"],
-        ["-d", "TOY", "-b", "0"],
-    ):
-        command = [sys.executable, ROOT / "preprocessing.py", *argv]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+def test_mistakes_exit_with_status_2_and_one_line(tmp_path, monkeypatch):
+    """One of them as it is started by hand."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, ROOT / "preprocessing.py", "-d", "CUB", "--data_root", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ends = [(done.returncode, done.stderr)]
+    for argv in (["-g", "cuda:77"], ["-g", "quantum"], ["-b", "0"]):
+        ends.append(run_script("preprocessing.py", "-d", "TOY", *argv))
+
+    for status, said in ends:
+        assert status == 2
+        assert said.startswith("error: ") and said.count("\n") == 1, said
 
 
 # ---------------------------------------------------------------- parts, in processes of their own
