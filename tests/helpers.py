@@ -1,8 +1,12 @@
 """What tests share: paths, small feature files made on the spot, small runs."""
 
+import contextlib
+import io
 import json
+import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import h5py
 import numpy as np
@@ -91,6 +95,20 @@ def small_run_arguments(features, runs, *more, **changes):
 def run_training(dataset, config, argv):
     """train_joint.py on a dataset with a file of wandb_config/."""
     train_joint.main(["--config", str(ROOT / "wandb_config" / config), *argv], dataset=dataset)
+
+
+def run_script(name, *argv):
+    """A script of the project in this process: (exit status, stderr).
+
+    Starting Python for it takes seconds.
+    """
+    words, status, said = [name, *map(str, argv)], 0, io.StringIO()
+    with mock.patch.object(sys, "argv", words), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    return status, said.getvalue()
 
 
 def read_metrics(folder):

@@ -27,6 +27,7 @@ SMALL_SETTINGS = {
     "syn_num": 5,
     "classifier_epochs": 2,
     "checkpoint_every": 5,
+    "log_curves": False,  # drawing takes longer than such a run
 }
 RESULTS = ("best_acc_zs", "best_acc_unseen", "best_acc_seen", "best_H", "acc_zs", "H")
 LOOK_EVERY = 0.01  # seconds from one look at a run's log to the next

@@ -1,9 +1,7 @@
 """Images to HDF5: what is in the file, and what a user's mistakes are told."""
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,8 +14,10 @@ from PIL import Image
 from torchvision import transforms
 
 import preprocessing
-from helpers import ROOT
+from forks import Fork
+from helpers import ROOT, run_script
 from scegg.datasets import toy
+from scegg.features import parts
 from scegg.features.backbones import build_backbone
 from scegg.features.reader import open_features
 from scegg.processes import locked
@@ -183,39 +183,35 @@ def test_damaged_mat_files(own_toy, tmp_path):
             run(own_toy, tmp_path / "x.hdf5")
 
 
-def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
-    for argv in (
-        ["-d", "CUB", "--data_root", "nowhere"],
-        ["-d", "TOY", "-g", "cuda:77"],
-        ["-d", "TOY", "-g", "quantum"],
-        ["-d", "TOY", "-b", "0"],
-    ):
-        command = [sys.executable, ROOT / "preprocessing.py", *argv]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+def test_mistakes_exit_with_status_2_and_one_line(tmp_path, monkeypatch):
+    """One of them as it is started by hand."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, ROOT / "preprocessing.py", "-d", "CUB", "--data_root", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ends = [(done.returncode, done.stderr)]
+    for argv in (["-g", "cuda:77"], ["-g", "quantum"], ["-b", "0"]):
+        ends.append(run_script("preprocessing.py", "-d", "TOY", *argv))
+
+    for status, said in ends:
+        assert status == 2
+        assert said.startswith("error: ") and said.count("\n") == 1, said
 
 
 # ---------------------------------------------------------------- parts, in processes of their own
 
-PROGRAM = """
-import preprocessing, util
-from scegg.features import parts
-parts.PART = {part}
-util.exit_on_user_error(preprocessing.main)
-"""
+
+def preprocess(argv):
+    """The command with small parts."""
+    parts.PART = 4
+    preprocessing.main(argv)
 
 
-def start(folder, root, *more, part=4, environment=()):
-    """preprocessing.py in a process of its own, with small parts."""
-    argv = [*OFFLINE, "--data_root", root, "--output", folder / "maps.hdf5", *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM.format(part=part), *argv],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(folder, root, *more, log="log", environment=()):
+    """It in a process of its own."""
+    folder.mkdir(exist_ok=True)
+    argv = [*OFFLINE, "--data_root", str(root), "--output", str(folder / "maps.hdf5"), *more]
+    log = folder.with_name(f"{folder.name}-{log}.txt")
+    return Fork(preprocess, argv, log=log, environment=environment)
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path):
@@ -226,15 +222,14 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path):
     deadline = time.time() + 60
     while len(list(killed.glob("*.parts-*/0*.hdf5"))) < 3 and time.time() < deadline:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (killed / "maps.hdf5").exists()
     kept = list(killed.glob("*.parts-*/0*.hdf5"))
     assert len(kept) >= 3
 
-    process = start(killed, toy_root)
-    output, _ = process.communicate()
-    assert process.returncode == 0
+    status, output = start(killed, toy_root).finish()
+    assert status == 0
     assert f"{4 * len(kept)} of 35 images are done already" in output
     assert [path.name for path in killed.iterdir()] == ["maps.hdf5"]
     assert (whole / "maps.hdf5").read_bytes() == (killed / "maps.hdf5").read_bytes()
@@ -247,29 +242,30 @@ def start_ranks(count, folder, root):
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     return [
-        start(folder, root, "-c", environment=address | {"RANK": str(rank)})
+        start(folder, root, "-c", log=rank, environment=address | {"RANK": str(rank)})
         for rank in range(count)
     ]
 
 
 @pytest.mark.long
 def test_all_ranks_are_refused_while_another_job_makes_the_file(toy_root, tmp_path):
-    with locked(tmp_path / ".maps.hdf5.lock", "making maps.hdf5"):
-        ranks = start_ranks(2, tmp_path, toy_root)
-        said = [process.communicate()[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2]
-    assert not list(tmp_path.iterdir())
-    assert "another process is making" in said[0]
-    assert "another rank ended before its work was done" in said[1]
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with locked(folder / ".maps.hdf5.lock", "making maps.hdf5"):
+        first, second = [rank.finish() for rank in start_ranks(2, folder, toy_root)]
+    assert not list(folder.iterdir())
+    assert first[0] == second[0] == 2
+    assert "another process is making" in first[1]
+    assert "another rank ended before its work was done" in second[1]
 
 
 def test_ranks_share_the_work_and_the_file_is_the_same(toy_root, tmp_path):
     one, three = tmp_path / "one", tmp_path / "three"
     assert start(one, toy_root, "-c").wait() == 0
 
-    ranks = start_ranks(3, three, toy_root)
-    outputs = [process.communicate()[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0, 0]
+    ends = [rank.finish() for rank in start_ranks(3, three, toy_root)]
+    statuses, outputs = zip(*ends, strict=True)
+    assert statuses == (0, 0, 0), outputs
     assert all("another rank's" in output for output in outputs)
     assert sum("wrote" in output for output in outputs) == 1
     assert (one / "maps.hdf5").read_bytes() == (three / "maps.hdf5").read_bytes()
@@ -283,8 +279,8 @@ def test_a_replaced_image_costs_its_part_alone(own_toy, tmp_path, monkeypatch):
     victim.write_bytes(whole[:900])
     with pytest.raises(UserError, match="not a readable image"):
         run(own_toy, output)
-    parts = sorted(path.name[:8] for path in tmp_path.glob("x.hdf5.parts-*/*.hdf5"))
-    assert parts == [f"{start:08d}" for start in (0, 4, 8)]  # the victim is image 15
+    made = sorted(path.name[:8] for path in tmp_path.glob("x.hdf5.parts-*/*.hdf5"))
+    assert made == [f"{start:08d}" for start in (0, 4, 8)]  # the victim is image 15
 
     victim.write_bytes(whole)
     assert run(own_toy, output).exists()

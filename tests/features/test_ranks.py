@@ -1,10 +1,7 @@
 """The ranks of one job: what the environment says, how they meet, and what they agree on."""
 
-import os
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import preprocessing
 import train_joint
-from helpers import ROOT
+from forks import Fork
 from scegg.datasets import toy
 from scegg.features import parts, ranks
 from scegg.features.parts import Parts
@@ -199,7 +197,8 @@ def test_a_rank_that_never_comes_is_given_up(environment, together):
         pass
 
 
-def test_two_processes_of_one_number_are_told(together):
+def test_two_processes_of_one_number_are_told(together, monkeypatch):
+    monkeypatch.setattr(ranks, "REACH", 1)
     said = " ".join(map(str, together(lambda job: job.wait("the end"), numbers=(1, 1))))
     assert "does not answer" in said  # nobody is the first
 
@@ -237,33 +236,23 @@ def test_copies_of_the_images_make_parts_of_the_same_names(tmp_path, monkeypatch
         parts_of(there, {"device": "cpu"}).adopt(first.facts())
 
 
-PROGRAM = """
-import preprocessing, util
-from scegg.features import parts
-parts.PART, parts.SEEN_AFTER = 4, 1
-util.exit_on_user_error(preprocessing.main)
-"""
+def preprocess(argv):
+    """The command with small parts, which the first rank soon sees."""
+    parts.PART, parts.SEEN_AFTER = 4, 1
+    preprocessing.main(argv)
 
 
-def start_two(roots, outputs):
+def start_two(roots, outputs, log):
     """The command on two ranks, each with images and an output of its own."""
     argv = ["--dataset", "TOY", "--backbone", "efficientnet_lite2", "--img_size", "64", "-n", "0"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     processes = []
     for rank, (root, output) in enumerate(zip(roots, outputs, strict=True)):
-        command = [sys.executable, "-c", PROGRAM, *argv, "--data_root", root, "--output", output]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": str(rank)} | address
-        processes.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate() for process in processes]
-    return [process.returncode for process in processes], said
+        places = ["--data_root", str(root), "--output", str(output)]
+        environment = address | {"RANK": str(rank)}
+        own_log = log.with_name(f"{log.name}-{rank}.txt")
+        processes.append(Fork(preprocess, argv + places, log=own_log, environment=environment))
+    return zip(*[process.finish() for process in processes], strict=True)
 
 
 @pytest.mark.slow
@@ -273,13 +262,13 @@ def test_ranks_with_images_of_their_own_join_them_or_refuse(tmp_path):
     shutil.copytree(here, there, copy_function=shutil.copyfile)
     output = tmp_path / "out" / "maps.hdf5"
 
-    status, said = start_two((here, there), (output, output))
-    assert status == [0, 0], said
+    status, said = start_two((here, there), (output, output), tmp_path / "joined")
+    assert status == (0, 0), said
     assert [path.name for path in output.parent.iterdir()] == ["maps.hdf5"]
 
     # an output of each rank's own is refused before the first image
     outputs = (tmp_path / "a" / "maps.hdf5", tmp_path / "b" / "maps.hdf5")
-    status, said = start_two((here, there), outputs)
-    assert status == [2, 2] and "another rank ended before its work was done" in said[0][1]
-    assert "--output must lie in a folder that all ranks share" in said[1][1]
+    status, said = start_two((here, there), outputs, tmp_path / "refused")
+    assert status == (2, 2) and "another rank ended before its work was done" in said[0]
+    assert "--output must lie in a folder that all ranks share" in said[1]
     assert not list(tmp_path.glob("[ab]/*"))

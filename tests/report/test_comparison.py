@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import results
-from helpers import ROOT
+from helpers import ROOT, run_script
 from report_helpers import METRICS, accuracies, printed_table, table_rows, write_run
 from scegg.report.comparison import published_rows
 from util import UserError
@@ -384,14 +384,15 @@ def command(*argv, cwd):
     return done.returncode, done.stderr
 
 
-def test_exit_statuses(tmp_path):
+def test_exit_statuses(tmp_path, monkeypatch):
     write_run(tmp_path / "runs")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     assert command("--format", "latex", "--dataset", "CUB", cwd=tmp_path) == (0, "")
 
+    monkeypatch.chdir(tmp_path)
     for argv in (["nowhere"], ["--colour"], ["--output", "file/table.md"]):
-        status, err = command(*argv, cwd=tmp_path)
+        status, err = run_script("results.py", *argv)
         assert status == 2, (argv, err)
         assert err.startswith("error: ") and err.count("\n") == 1, (argv, err)
 

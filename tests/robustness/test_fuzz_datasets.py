@@ -51,7 +51,7 @@ def are_features(result):
     return is_whole and torch.isfinite(maps).all()
 
 
-@cases(80)
+@cases(50)
 @given(damage=damages())
 def test_damaged_feature_files(folder, damage):
     path = folder / "whole.hdf5"

@@ -2,13 +2,13 @@
 
 import contextlib
 import json
-import multiprocessing
 import os
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from forks import forks
 from helpers import feature_arrays, run_training, small_run_arguments, write_features
 from scegg.run.checkpoint import Checkpoint
 
@@ -61,9 +61,7 @@ def train_silently(argv):
 
 def start_process(argv):
     """Train in a process of its own; returns it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_joint"])
-    process = context.Process(target=train_silently, args=(argv,))
+    process = forks().Process(target=train_silently, args=(argv,))
     process.start()
     return process
 

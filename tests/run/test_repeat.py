@@ -71,7 +71,7 @@ def outcomes(features, folder, times, iterations):
     """What runs leave that are started two at a time, and one by one, beside others' work."""
     found = set()
     for turn in range(times):
-        together = 1 + turn % 2
+        together = 1 + turn // 2 % 2
         with load(processes=turn % 3 * granted_cores()):
             folders = [folder / f"{turn}-{number}" for number in range(together)]
             runs = [start(features, place, iterations) for place in folders]

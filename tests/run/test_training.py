@@ -19,6 +19,7 @@ from helpers import (
     flags,
     read_metrics,
     read_summary,
+    run_script,
     run_training,
     small_run_arguments,
     write_features,
@@ -235,15 +236,20 @@ def test_mistakes(features, tmp_path, argv, message):
     assert not (tmp_path / "runs").exists()
 
 
-def test_mistakes_exit_with_status_2_and_one_line(tmp_path):
-    for dataset in ("_CUB", "_SUN", "_AWA2", ""):
-        command = [sys.executable, ROOT / f"train_joint{dataset}.py"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("error: ")
-        assert "make it with preprocessing.py" in done.stderr
-        assert f"--img_size {448 if dataset else 224}" in done.stderr
+def test_mistakes_exit_with_status_2_and_one_line(tmp_path, monkeypatch):
+    """One of them as it is started by hand."""
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, ROOT / "train_joint_CUB.py"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ends = {"_CUB": (done.returncode, done.stderr)}
+    for dataset in ("_SUN", "_AWA2", ""):
+        ends[dataset] = run_script(f"train_joint{dataset}.py")
+
+    for dataset, (status, said) in ends.items():
+        assert status == 2 and said.count("\n") == 1, said
+        assert said.startswith("error: ")
+        assert "make it with preprocessing.py" in said
+        assert f"--img_size {448 if dataset else 224}" in said
 
 
 def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
@@ -339,10 +345,10 @@ def test_a_whole_run_of_the_transcription_learns_as_ours_does(tmp_path):
     features = write_features(tmp_path / "f.hdf5", arrays)
     settings = SMALL_RUN | {
         "batch_size": 24,
-        "scen_iterations": 200,
+        "scen_iterations": 120,
         "scen_lr": 1e-3,
-        "distill_iterations": 300,
-        "nepoch": 8,
+        "distill_iterations": 200,
+        "nepoch": 5,
         "ngh": 64,
         "ndh": 64,
         "syn_num": 50,
@@ -358,7 +364,7 @@ def test_a_whole_run_of_the_transcription_learns_as_ours_does(tmp_path):
     plain_run.main([str(features), "--json", str(record), *flags(**settings)])
     plain = json.loads(record.read_text())
 
-    assert [row["epoch"] for row in plain["epochs"]] == list(range(1, 9))
+    assert [row["epoch"] for row in plain["epochs"]] == list(range(1, 6))
     assert plain["best_H"] == max(row["H"] for row in plain["epochs"])
     assert set(plain["seconds"]) >= {"scen", "distill", "eggn", "evaluate"}
     for result in (plain, ours):  # chance is 25 and below 7
