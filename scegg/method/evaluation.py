@@ -224,7 +224,7 @@ class Evaluation:
     ):
         self.eggn, self.unseen, self.config = eggn, unseen, config
         self.unseen_share = unseen_share
-        self.is_seen = seen_columns(len(eggn.att), unseen) > 0
+        self.is_seen = seen_columns(len(eggn.att), unseen)
         trainval = embeddings["trainval"]
         y = unseen.repeat_interleave(config.syn_num)
         self.real = len(trainval.y) if config.gzsl else 0
@@ -253,7 +253,8 @@ class Evaluation:
 
         if self.config.gzsl:
             if is_validated and self.unseen_share is None:
-                choice = ShareChoice(self.x[: self.real], tests, self.is_seen)
+                (_, unseen_y), (_, seen_y) = tests["test_unseen"], tests["test_seen"]
+                choice = ShareChoice(unseen_y, seen_y, self.is_seen)
             gzsl, picked = self.gzsl.fit(self.score_gzsl(tests, choice))
             kept["picked"]["gzsl"], kept["last"]["gzsl"] = picked, copy_of(self.gzsl.linear)
             scores = Scores(czsl, gzsl, self.gzsl.linear, kept)
@@ -300,14 +301,16 @@ class Evaluation:
         choice: what looks at each of them as well.
         """
         classes = len(self.eggn.att)
-        bias = self.config.seen_bias * seen_columns(classes, self.unseen)
+        bias = self.config.seen_bias * self.is_seen
+        inputs, labels = zip(tests["test_unseen"], tests["test_seen"], strict=True)
 
         def score(linear) -> Tensor:
+            logits = list(map(linear, inputs))
             if choice:
-                choice.look(linear)
+                choice.look(linear(self.x[: self.real]), *logits)
             accuracies = [
-                per_class_accuracy(y, (linear(x) - bias).argmax(dim=1), classes)
-                for x, y in (tests["test_unseen"], tests["test_seen"])
+                per_class_accuracy(y, (found - bias).argmax(dim=1), classes)
+                for found, y in zip(logits, labels, strict=True)
             ]
             return torch.stack(accuracies)
 

@@ -17,9 +17,9 @@ TARGETS = {"czsl": "acc_zs", "gzsl": "H"}  # the metric by which an epoch is pic
 class Selection:
     """The evaluations that count, for CZSL and for GZSL apart; a part of checkpoints.
 
-    choice: {"czsl": {"epoch": ...}, "gzsl": ...} picked elsewhere (validated). None: whatever is
-    best on the images evaluated, which are the test set's in the paper's protocol and held-out ones
-    in validation.
+    choice: {"czsl": {"epoch": ...}, "gzsl": {"epoch": ..., "unseen_share": ...}} chosen elsewhere
+    (validated). None: whatever is best on the images evaluated, which are the test set's in the
+    paper's protocol and held-out ones in validation.
     """
 
     def __init__(self, gzsl: bool, choice: dict | None = None):
@@ -44,7 +44,7 @@ class Selection:
         for kind in self.picked:
             if self.is_picked(kind, epoch):
                 self.picked[kind] = {"epoch": epoch, "metrics": self.last}
-                if scores.validated:
+                if scores.validated and kind == "gzsl":
                     self.picked[kind]["unseen_share"] = scores.validated.unseen_share
 
         logged = {"epoch": epoch} | without_none(self.last)
@@ -88,7 +88,7 @@ class Selection:
     def pick(self) -> dict:
         """The choice for the run on all of trainval."""
         return {
-            kind: {name: entry[name] for name in ("epoch", "unseen_share")}
+            kind: {name: value for name, value in entry.items() if name != "metrics"}
             for kind, entry in self.picked.items()
             if entry
         }

@@ -207,10 +207,10 @@ def test_the_share_that_is_chosen_has_the_best_mean_h():
         "test_unseen": (torch.randn(70, 4), torch.tensor([2, 4]).repeat(35)),
         "test_seen": (torch.randn(90, 4), torch.tensor([0, 1, 3]).repeat(30)),
     }
-    choice = ShareChoice(real, tests, is_seen)
+    choice = ShareChoice(*(y for _, y in tests.values()), is_seen)
     with torch.no_grad():
         for linear in linears:
-            choice.look(linear)
+            choice.look(linear(real), *(linear(x) for x, _ in tests.values()))
 
     def mean_h(share):
         found = []
