@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from scegg.features.weights import (
     Assembly,
     download_state,
     first_line,
+    load_file,
     read_state,
     why_unreachable,
 )
-from util import UserError
+from util import UserError, is_of_disk, unreadable
 
 VITS = tuple(name for name in models.list_models(module=models) if name.startswith("vit_"))
 TIMM = "timm/"  # before the name of a network of timm
@@ -239,6 +241,7 @@ def pretrained_state(name: str, options: dict) -> dict[str, Tensor]:
         try:
             return timm.create_model(short, pretrained=True, **options).state_dict()
         except Exception as error:  # the hub's client raises many kinds
+            refuse_damaged(name, cached_file(config))
             raise UserError(
                 f"the {name} weights could not be downloaded ({reason or first_line(error)}): "
                 f"download {url} elsewhere and give it as --weights FILE"
@@ -251,6 +254,32 @@ def url_of_weights(config) -> str:
         return config.url
     file = config.hf_hub_filename or "model.safetensors"
     return f"{hub().ENDPOINT}/{config.hf_hub_id}/resolve/main/{file}"
+
+
+def cached_file(config) -> Path | None:
+    """The file of timm's weights in the cache of the hub's client, or of torch; None if absent."""
+    if not config.hf_hub_id:
+        kept = Path(torch.hub.get_dir(), "checkpoints", Path(config.url).name)
+        return kept if kept.is_file() else None
+    find = importlib.import_module("huggingface_hub").try_to_load_from_cache
+    found = find(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+    return Path(found) if isinstance(found, str) else None  # it may be "known not to exist"
+
+
+def refuse_damaged(name: str, cached: Path | None):
+    """Raise UserError where the cached file of a network's weights cannot be read."""
+    if cached is None:
+        return
+    try:
+        load_file(cached)
+    except Exception as error:  # whatever torch or safetensors raises
+        content = cached.resolve()  # the hub's cache links to it, and would link to it again
+        if is_of_disk(error):
+            raise unreadable(content, error) from None
+        raise UserError(
+            f"{content}, which timm keeps as the {name} weights, cannot be loaded "
+            f"({first_line(error)}): delete it, and it is downloaded again"
+        ) from None
 
 
 def hub():

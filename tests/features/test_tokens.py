@@ -194,6 +194,28 @@ def test_offline_the_hub_does_not_try_for_a_minute(timm, tmp_path, monkeypatch, 
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>no</html>"])
+def test_a_damaged_file_in_the_hubs_cache_is_named(timm, tmp_path, monkeypatch, content):
+    from huggingface_hub import constants
+
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    kept = tmp_path / "models--timm--convnext_atto.d2_in1k"
+    for folder in ("refs", "blobs", "snapshots/1"):
+        (kept / folder).mkdir(parents=True)
+    (kept / "refs/main").write_text("1")
+    (kept / "blobs/2").write_bytes(content)
+    (kept / "snapshots/1/model.safetensors").symlink_to(kept / "blobs/2")
+
+    message = r"convnext_atto.d2_in1k/blobs/2, .* cannot be loaded .*: delete it, and it is down"
+    with pytest.raises(UserError, match=message):
+        build_backbone("timm/convnext_atto", None, 64)
+
+
 def test_a_users_own_choice_of_offline_stays(timm, monkeypatch):
     from huggingface_hub import constants
 
