@@ -13,6 +13,8 @@ from util import UserError, codes, make_folder, module_if_there, unwritable
 fcntl, resource = module_if_there("fcntl"), module_if_there("resource")  # not on Windows
 msvcrt = module_if_there("msvcrt")  # only there
 
+CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGTRAP")
+
 # ---- locks
 
 HELD = set()  # the open lock files of this process
@@ -124,12 +126,25 @@ def open_lock(path: Path):
 # ---- children
 
 
-def survives(action, seconds: int) -> bool:
-    """Whether `action()` ends within `seconds` without killing its process.
+def require_survivable(action, path: Path, seconds: int, reader: str, remedy: str):
+    """Raises UserError if `action()`, which reads a file, crashes or takes longer than `seconds`.
 
     It is tried in a forked process. What it raises there does not matter.
+    reader: whose code it runs. remedy: what helps against damaged bytes.
     """
-    return fatal_signal(action, seconds) == 0
+    signum = fatal_signal(action, seconds)
+    if signum == 0:
+        return
+
+    name = signal.Signals(signum).name
+    if name == "SIGALRM":
+        raise UserError(
+            f"{path} could not be opened in {seconds} seconds: either its disk does not answer, "
+            f"or {reader} hung over damaged bytes; if the disk is well, {remedy}"
+        )
+    if name in CRASHES:
+        raise UserError(f"{path} is damaged, {reader} crashed over it: {remedy}")
+    raise UserError(f"{path}: the process that tried it was killed ({name}): is memory short?")
 
 
 def fatal_signal(action, seconds: int) -> int:

@@ -27,7 +27,7 @@ for name in ("fork", "register_at_fork", "preadv", "pread"):
 del signal.alarm, signal.SIGALRM, signal.SIGKILL
 import evaluate, preprocessing, results, train_joint, visualize, util
 from scegg import processes
-assert processes.survives(lambda: None, 1)
+assert processes.fatal_signal(lambda: None, 1) == 0
 print(util.peak_memory_gb(util.pick_device("cpu")))
 """
 
