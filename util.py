@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import math
 import os
 import random
 import re
@@ -74,15 +75,28 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+# what Python and torch say where a process gets no more memory or threads
+SHORTAGE = re.compile("can't allocate memory|out of memory|can't start new thread")
+
+
 def exit_on_user_error(main):
     """Run `main()`; mistakes end in one line on stderr and exit status 2, Ctrl-C in 130.
 
-    An OSError counts as a mistake: it is a disk's or a folder's.
+    An OSError counts as a mistake: it is a disk's or a folder's. Letters that stdout cannot take,
+    as some in a folder's name, are escaped.
     """
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError) as error:
         print(f"error: {UserError(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not SHORTAGE.search(str(error)):
+            raise
+        reason = str(UserError(error)) or "the memory is full"
+        print(f"error: {reason}: ask for less at once, or stop other programs", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -242,10 +256,16 @@ def remove_partials(folder: Path, name: str | None = None):
                 file.unlink()
 
 
+def free_space(folder: Path) -> float:
+    """Bytes that are free on its disk; infinite where that says 0 in all, as many of FUSE do."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
+
+
 def require_space(folder: Path, needed: float, what: str):
     """Raises UserError if the disk of `folder` has fewer than `needed` bytes free."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_space(existing)
     if needed > free:
         raise UserError(
             f"{what} will take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are "

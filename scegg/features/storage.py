@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,14 @@ from scegg.features.reader import READ_AT_ONCE, Features
 from scegg.features.sampler import BalancedSampler
 from scegg.processes import locked
 from scegg.speed.threads import cgroup_folders
-from util import UserError, atomic_path, remove_partials, require_space, unreadable
+from util import (
+    UserError,
+    atomic_path,
+    free_space,
+    remove_partials,
+    require_space,
+    unreadable,
+)
 
 # ---------------------------------------------------------------- the choice
 
@@ -100,7 +106,7 @@ class Room:
     def of(cls, size: int, device: torch.device, folder: Path) -> "Room":
         """The room for `size` bytes of maps. A flat file that is there already needs none."""
         on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
-        on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
+        on_disk = 0.95 * free_space(folder) if os.access(folder, os.W_OK) else 0.0
         with contextlib.suppress(OSError):  # somebody removes caches meanwhile
             if any(file.stat().st_size == size for file in folder.glob("*.cache")):
                 on_disk = math.inf

@@ -53,8 +53,8 @@ def test_little_shared_memory_is_seen_told_and_spared(paths, monkeypatch, capsys
     assert same(loaded(paths, 2), expected) and not capsys.readouterr().out
 
     needed = (2 * loading.PREFETCHED + 2) * 3 * 3 * 32 * 32
-    usage = SimpleNamespace(free=2 * needed)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
+    usage = SimpleNamespace(total=4 * needed, free=2 * needed)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
 
     def forbidden(self):
         raise AssertionError("shared memory is used")
