@@ -96,7 +96,8 @@ def find_vectors(folder: Path, dataset: str | None, models: bool = True) -> Path
     if dataset is not None:
         candidates += [folder / f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
     if models:
-        candidates += sorted([*folder.glob("*.bin"), *folder.glob("*.txt")])
+        # macOS puts a hidden file ._x beside x on disks of other systems
+        candidates += sorted([*folder.glob("[!.]*.bin"), *folder.glob("[!.]*.txt")])
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 

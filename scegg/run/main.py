@@ -251,7 +251,7 @@ def made_features(dataset: str, config: Config) -> Path:
     if path.is_file():
         return path
 
-    others = ", ".join(sorted(other.name for other in path.parent.glob("*.hdf5")))
+    others = ", ".join(sorted(other.name for other in path.parent.glob("[!.]*.hdf5")))
     hint = f" (there is {others}: give its --backbone)" if others else ""
     raise UserError(
         f"{path} is missing: make it with preprocessing.py --dataset {dataset} --backbone "
