@@ -54,7 +54,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
         if is_of_disk(error):
             raise unreadable(path, error) from None
         raise UserError(
-            f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}"
+            f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}; "
+            "if it is a whole checkpoint or model, save its state_dict() alone, else copy it again"
         ) from None
 
     for wrapper in WRAPPERS:
