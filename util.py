@@ -296,8 +296,11 @@ def text_encoding(path: Path) -> str:
     first letter tell: our texts begin with ASCII.
     """
     with open(path, "rb") as file:
-        start = file.read(4)
+        return encoding_of(file.read(4))
 
+
+def encoding_of(start: bytes) -> str:
+    """The same, from the first four bytes of the text."""
     if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         return "utf-32"
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
