@@ -89,7 +89,7 @@ def main(argv=None, dataset: str | None = None, report: Callable | None = None):
         if path is None:
             path = new_folder(options.runs, dataset)
             held.enter_context(locked(path / ".lock", f"training {path}"))
-            notes["wandb_id"] = os.environ.get("WANDB_RUN_ID", path.name)
+            notes["wandb_id"] = os.environ.get("WANDB_RUN_ID", "").strip() or path.name
         remove_partials(path)
         print(f"run {path} on {job.device}" + (", resumed" if saved else ""))
 
