@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -211,7 +212,8 @@ def atomic_path(path: Path, then: str = " or name another place"):
     Raises UserError when the disk does not take the file: what helps, and `then` behind it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # on a shared disk, the processes of two containers may have the same id
+    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     make_folder(path.parent)
 
     try:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import faulthandler
+import io
 import os
 import signal
 import time
@@ -35,17 +36,17 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def locked(path: Path, doing: str, wait: bool = False):
-    """Hold the lock file `path` for a block; the holder removes it.
+    """Hold the lock file `path` for a block; the holder removes it. Yields whether it is held.
 
     Whoever else wants it waits, or gets a UserError that says what is being done (`doing`). The
     lock is the system's: it ends with its process, however that dies. On a disk without locks it
     says so in a line, and holds nothing.
     """
     make_folder(path.parent)
-    file = take_lock(path, doing, wait)
+    file, is_held = take_lock(path, doing, wait)
     HELD.add(file)
     try:
-        yield
+        yield is_held
     finally:
         HELD.discard(file)
         if fcntl is None:  # Windows removes no open file, nor one that the next holder has open
@@ -55,8 +56,11 @@ def locked(path: Path, doing: str, wait: bool = False):
         file.close()
 
 
-def take_lock(path: Path, doing: str, wait: bool):
-    """The open file of a lock that is ours. Raises UserError as `locked` does."""
+def take_lock(path: Path, doing: str, wait: bool) -> tuple[io.TextIOBase, bool]:
+    """The open file of a lock, and whether it is ours: a disk may have no locks.
+
+    Raises UserError as `locked` does.
+    """
     is_told = False
     while True:
         file = open_lock(path)
@@ -68,10 +72,10 @@ def take_lock(path: Path, doing: str, wait: bool):
                 "let no other process work on the same file",
                 flush=True,
             )
-            return file
+            return file, False
 
         if is_ours and is_still_at(file, path):
-            return file
+            return file, True
         file.close()
         if is_ours:  # its holder was done and removed it: take a new one
             continue

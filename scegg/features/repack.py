@@ -58,9 +58,10 @@ def repacked(disk: SourceFile, maps: h5py.Dataset) -> Repacked:
 
     lock = target.with_name(f".{target.name}.lock")
     if not target.is_file():
-        with locked(lock, f"writing {target}", wait=True):
+        with locked(lock, f"writing {target}", wait=True) as is_held:
             if not target.is_file():  # whoever held the lock may have written it
-                remove_partials(target.parent, target.name)
+                if is_held:  # else another process may be writing its own
+                    remove_partials(target.parent, target.name)
                 tell(disk.path, maps, target, size)
                 with atomic_path(target) as temporary:
                     write(temporary, disk, maps)

@@ -171,8 +171,10 @@ class FlatCache:
 
         if not self.is_whole():
             lock = self.path.with_name(f".{self.path.name}.lock")
-            with locked(lock, f"writing {self.path}", wait=True):
+            with locked(lock, f"writing {self.path}", wait=True) as is_held:
                 if not self.is_whole():  # whoever held the lock may have written it
+                    if is_held:  # else another process may be writing its own
+                        remove_partials(self.path.parent, self.path.name)
                     self.write(features, indices, progress)
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
         self.pinned = pinned
@@ -184,8 +186,7 @@ class FlatCache:
         return self.path.is_file() and self.path.stat().st_size == self.size
 
     def write(self, features: Features, indices: np.ndarray, progress):
-        """Make the file. Only the process that holds its lock may call it."""
-        remove_partials(self.path.parent, self.path.name)
+        """Make the file."""
         require_space(self.path.parent, self.size, f"the cache {self.path.name}")
         with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
             for maps in read_pieces(features, indices):

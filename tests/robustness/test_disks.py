@@ -60,6 +60,22 @@ def test_whatever_the_errno_a_disk_without_locks_is_said_so_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_beside_each_other_make_the_same_cache_without_locks(features, monkeypatch, capsys):
+    monkeypatch.setattr(processes.fcntl, "flock", failing(errno.ENOLCK))
+    data, others = open_features(features), []
+
+    def meanwhile(_):
+        if not others:
+            others.append(None)
+            others.append(FeatureMaps(data, data.split.trainval, CPU, Storage("disk")))
+
+    ours = FeatureMaps(data, data.split.trainval, CPU, Storage("disk"), meanwhile)
+    for maps in (ours, others[1]):
+        assert torch.equal(torch.cat(list(maps.in_order())), data.read(data.split.trainval))
+    assert "has no locks" in capsys.readouterr().out
+    assert len(list(features.parent.iterdir())) == 2
+
+
 # ---------------------------------------------------------------- writing
 
 
