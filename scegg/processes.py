@@ -154,12 +154,16 @@ def require_survivable(action, path: Path, seconds: int, reader: str, remedy: st
 def fatal_signal(action, seconds: int) -> int:
     """The signal that killed the forked process in which `action()` was tried; 0 if none did.
 
-    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried.
+    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried, nor where the
+    system gives no other process: it may count our memory twice, or have a limit of processes.
     """
     if not hasattr(os, "fork"):
         return 0
+    try:
+        child = os.fork()
+    except OSError:
+        return 0
 
-    child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             faulthandler.disable()  # we report the crash

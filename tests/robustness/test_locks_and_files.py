@@ -9,12 +9,14 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import util
 from scegg import processes
 from scegg.features.loading import ToMainProcess
+from scegg.features.reader import open_features
 from scegg.features.repack import has_room
 from scegg.features.storage import Storage, choose_storage
 from scegg.processes import locked
@@ -106,6 +108,14 @@ def test_a_child_that_crashes_or_hangs_is_told():
     assert fatal(lambda: os.kill(os.getpid(), signal.SIGSEGV), 5) == signal.SIGSEGV
     assert fatal(lambda: time.sleep(9), 1) == signal.SIGALRM
     assert resource.getrlimit(resource.RLIMIT_CORE) == limit
+
+
+def test_where_no_process_can_be_had_nothing_is_tried(features, monkeypatch):
+    def refuse():
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    assert len(open_features(features).read(np.arange(3))) == 3
 
 
 @pytest.mark.parametrize(
