@@ -100,11 +100,18 @@ class ToMainProcess:
 def told_of_lost_workers():
     """Turn what DataLoader raises over a process that was killed or is stuck into a UserError.
 
+    So it does where the limit of open files is too low.
+
     Of a killed one it tells at any moment, whatever the main process is doing then.
     """
     try:
         yield
     except RuntimeError as error:
+        if "Too many open files" in str(error):  # each batch on its way holds one open
+            raise UserError(
+                "the decoding processes may not open more files: allow more (ulimit -n), or run "
+                "again with fewer --num_workers"
+            ) from None
         is_late = "DataLoader timed out" in str(error)
         if not is_late and "DataLoader worker" not in str(error):
             raise

@@ -130,6 +130,13 @@ def test_a_killed_process_is_told_of(paths):
         loaded(paths, 2, InWorker(die))
 
 
+def test_a_low_limit_of_open_files_is_told_of():
+    said = "Too many open files. Communication with the workers is no longer possible."  # torch's
+    with pytest.raises(UserError, match="ulimit -n.*fewer --num_workers"):
+        with loading.told_of_lost_workers():
+            raise RuntimeError(said)
+
+
 IN_A_SMALL_ROOM = """
 import sys
 from scegg.features.images import Images, image_transform
