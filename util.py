@@ -94,7 +94,7 @@ def exit_on_user_error(main):
         print(f"error: {UserError(error)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not SHORTAGE.search(str(error)):
+        if not is_shortage(error):
             raise
         reason = str(UserError(error)) or "the memory is full"
         print(f"error: {reason}: ask for less at once, or stop other programs", file=sys.stderr)
@@ -107,6 +107,11 @@ def exit_on_user_error(main):
 def without_none(values: dict) -> dict:
     """The entries that are not None."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that this process gets no more memory or threads."""
+    return isinstance(error, MemoryError) or bool(SHORTAGE.search(str(error)))
 
 
 # ---- what a disk's errors mean
@@ -161,6 +166,14 @@ def unreadable(path: Path, error: OSError) -> UserError:
     """What a user is told of a file that the disk would not give; its bytes may be well."""
     reason = error.strerror or error
     return UserError(f"{path} could not be read ({reason}): {remedy(error)}, and run again")
+
+
+def too_large(path: Path, error: Exception) -> UserError:
+    """What a user is told of a file for which there was too little memory; it may be well."""
+    return UserError(
+        f"{path} could not be read, the memory is full ({str(error) or 'no more is given'}): free "
+        "some and run again; if that does not help, the file is damaged"
+    )
 
 
 def unwritable(path: Path, error: OSError, then: str = " or name another place") -> UserError:
@@ -339,6 +352,8 @@ def load_tensors(path: Path):
     except Exception as error:
         if is_of_disk(error):
             raise unreadable(path, error) from None
+        if is_shortage(error):
+            raise too_large(path, error) from None
         raise
 
 

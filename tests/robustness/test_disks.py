@@ -237,6 +237,25 @@ def test_a_checkpoint_the_disk_does_not_give_is_not_damaged(tmp_path, monkeypatc
         read_checkpoint(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_file_for_which_there_is_too_little_memory_is_not_damaged(
+    tmp_path, features, monkeypatch, error
+):
+    def fail(*arguments, **_):
+        raise error
+
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(UserError, match="checkpoint.pt could not be read, the memory is full"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+    data = open_features(features)
+    monkeypatch.setattr(reader, "read_maps", fail)
+    with pytest.raises(UserError, match="features.hdf5 could not be read, the memory is full"):
+        data.read(np.arange(3))
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_weights_and_mat_files_the_disk_does_not_give_are_not_damaged(tmp_path, monkeypatch, code):
     (tmp_path / "w.pth").touch()
