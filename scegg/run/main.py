@@ -14,7 +14,8 @@ import torch
 
 from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.datasets.layouts import LAYOUTS, add_layout_flag, find_layout
-from scegg.datasets.xlsa17 import read_split
+from scegg.datasets.splits import LOCATIONS
+from scegg.datasets.xlsa17 import read_mat, read_split
 from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
@@ -260,10 +261,15 @@ def made_features(dataset: str, config: Config) -> Path:
 
 
 def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
-    """Raises UserError if data_root holds another split than the features were made with."""
-    if not (data_root / "xlsa17" / "data" / dataset / "att_splits.mat").is_file():
+    """Raises UserError if data_root holds another split than the features were made with.
+
+    So it does for a split that cannot be read.
+    """
+    path = data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
+    if not path.is_file():
         return
 
+    read_mat(path, LOCATIONS)  # what is wrong with the file itself is told here
     try:
         split, _ = read_split(data_root, dataset, features.split.labels)
         fingerprint = split.fingerprint
