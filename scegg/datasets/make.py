@@ -29,7 +29,7 @@ from util import (
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".webp"),
+    *(".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"),
 }
 IMAGES = "images"  # the folder of the pictures, and the anchor of their paths
 VAL_SHARE = 0.25  # of the seen classes are val classes, for protocol: validated
