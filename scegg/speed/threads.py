@@ -29,8 +29,9 @@ def before_torch():
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    if granted_cores() < allowed_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
+    # a job's script may set it to a variable that is empty
+    if granted_cores() < allowed_cores() and not os.environ.get("OMP_NUM_THREADS", "").strip():
+        os.environ["OMP_NUM_THREADS"] = str(granted_cores())
     if is_intels():
         os.environ.setdefault("MKL_CBWR", "AUTO")
 

@@ -133,6 +133,9 @@ def test_a_quota_sets_the_number_of_threads_and_affinity_need_not(groups, monkey
     groups("0::/\n", **{"cpu.max": "300000 100000\n"})
     threads.before_torch()
     assert os.environ["OMP_NUM_THREADS"] == "3"
+    os.environ["OMP_NUM_THREADS"] = ""
+    threads.before_torch()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
     os.environ["OMP_NUM_THREADS"] = "5"
     threads.before_torch()
     assert os.environ["OMP_NUM_THREADS"] == "5"
