@@ -43,7 +43,7 @@ from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, is_first_rank, rank_of_ranks, sole_job
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.threads import fix_threads
-from util import FlagParser, UserError, exit_on_user_error, pick_device
+from util import FlagParser, UserError, exit_on_user_error, one_line, pick_device
 
 
 def main(argv=None):
@@ -247,7 +247,7 @@ def read_annotations(options: argparse.Namespace) -> Annotations:
         semantics = data_root / dataset / layout.semantics
     if semantics:
         vectors, names = read_semantics(semantics, class_names)
-        split = split.with_semantics(vectors, semantics.name)
+        split = split.with_semantics(vectors, one_line(semantics.name))
     print(split.describe(dataset))
     warn_of_units(split, layout)
     if options.output.exists():
