@@ -11,6 +11,7 @@ import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
 
 # isort: split
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -232,6 +233,8 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
         if options.semantics:  # the file of the dataset's own attributes stays
             name += f"_{options.semantics.stem}"
         options.output = feature_file(options.dataset, name)
+    if options.output.is_symlink():  # the parts, too, go to the disk that it leads to
+        options.output = Path(os.path.realpath(options.output))
     if options.output.is_dir():
         raise UserError(f"--output {options.output} is a folder: name a file")
 

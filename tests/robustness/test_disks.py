@@ -138,6 +138,18 @@ def test_an_output_that_is_a_folder_is_refused_before_the_first_image(toy_root, 
         preprocess(toy_root, tmp_path)
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, is_there):
+    target, link = tmp_path / "scratch" / "maps.hdf5", tmp_path / "maps.hdf5"
+    link.symlink_to(target)
+    if is_there:
+        target.parent.mkdir()
+        target.touch()
+    options = preprocessing.parse_arguments(["-d", "TOY", "-n", "0", "--output", str(link)])
+    preprocessing.fill_in_defaults(options, CPU)
+    assert options.output == target.resolve()
+
+
 def test_a_file_that_is_too_large_for_the_disk_is_refused_before_the_first_image(
     tmp_path, monkeypatch
 ):
