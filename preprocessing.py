@@ -11,6 +11,7 @@ import scegg  # noqa: F401, first: it sets what torch reads when it is loaded
 
 # isort: split
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ from scegg.features.parts import Parts
 from scegg.features.ranks import device_of_rank, is_first_rank, rank_of_ranks, sole_job
 from scegg.speed.allocator import keep_freed_memory
 from scegg.speed.threads import fix_threads
-from util import FlagParser, UserError, exit_on_user_error, pick_device
+from util import FlagParser, UserError, exit_on_user_error, one_line, pick_device
 
 
 def main(argv=None):
@@ -232,6 +233,8 @@ def fill_in_defaults(options: argparse.Namespace, device: torch.device):
         if options.semantics:  # the file of the dataset's own attributes stays
             name += f"_{options.semantics.stem}"
         options.output = feature_file(options.dataset, name)
+    if options.output.is_symlink():  # the parts, too, go to the disk that it leads to
+        options.output = Path(os.path.realpath(options.output))
     if options.output.is_dir():
         raise UserError(f"--output {options.output} is a folder: name a file")
 
@@ -247,7 +250,7 @@ def read_annotations(options: argparse.Namespace) -> Annotations:
         semantics = data_root / dataset / layout.semantics
     if semantics:
         vectors, names = read_semantics(semantics, class_names)
-        split = split.with_semantics(vectors, semantics.name)
+        split = split.with_semantics(vectors, one_line(semantics.name))
     print(split.describe(dataset))
     warn_of_units(split, layout)
     if options.output.exists():

@@ -13,9 +13,11 @@ import contextlib
 import errno
 import hashlib
 import importlib
+import math
 import os
 import random
 import re
+import secrets
 import shutil
 import stat
 import sys
@@ -74,15 +76,28 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+# what Python and torch say where a process gets no more memory or threads
+SHORTAGE = re.compile("can't allocate memory|out of memory|can't start new thread")
+
+
 def exit_on_user_error(main):
     """Run `main()`; mistakes end in one line on stderr and exit status 2, Ctrl-C in 130.
 
-    An OSError counts as a mistake: it is a disk's or a folder's.
+    An OSError counts as a mistake: it is a disk's or a folder's. Letters that stdout cannot take,
+    as some in a folder's name, are escaped.
     """
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except (UserError, OSError) as error:
         print(f"error: {UserError(error)}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_shortage(error):
+            raise
+        reason = str(UserError(error)) or "the memory is full"
+        print(f"error: {reason}: ask for less at once, or stop other programs", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -92,6 +107,11 @@ def exit_on_user_error(main):
 def without_none(values: dict) -> dict:
     """The entries that are not None."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that this process gets no more memory or threads."""
+    return isinstance(error, MemoryError) or bool(SHORTAGE.search(str(error)))
 
 
 # ---- what a disk's errors mean
@@ -148,6 +168,14 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} could not be read ({reason}): {remedy(error)}, and run again")
 
 
+def too_large(path: Path, error: Exception) -> UserError:
+    """What a user is told of a file for which there was too little memory; it may be well."""
+    return UserError(
+        f"{path} could not be read, the memory is full ({str(error) or 'no more is given'}): free "
+        "some and run again; if that does not help, the file is damaged"
+    )
+
+
 def unwritable(path: Path, error: OSError, then: str = " or name another place") -> UserError:
     """What a user is told of a file that the disk would not take; then: behind the remedy."""
     reason = error.strerror or error
@@ -197,7 +225,8 @@ def atomic_path(path: Path, then: str = " or name another place"):
     Raises UserError when the disk does not take the file: what helps, and `then` behind it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # on a shared disk, the processes of two containers may have the same id
+    temporary = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     make_folder(path.parent)
 
     try:
@@ -242,10 +271,16 @@ def remove_partials(folder: Path, name: str | None = None):
                 file.unlink()
 
 
+def free_space(folder: Path) -> float:
+    """Bytes that are free on its disk; infinite where that says 0 in all, as many of FUSE do."""
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.total else math.inf
+
+
 def require_space(folder: Path, needed: float, what: str):
     """Raises UserError if the disk of `folder` has fewer than `needed` bytes free."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_space(existing)
     if needed > free:
         raise UserError(
             f"{what} will take {needed / 1e9:.2f} GB in {folder}, where {free / 1e9:.2f} GB are "
@@ -276,8 +311,11 @@ def text_encoding(path: Path) -> str:
     first letter tell: our texts begin with ASCII.
     """
     with open(path, "rb") as file:
-        start = file.read(4)
+        return encoding_of(file.read(4))
 
+
+def encoding_of(start: bytes) -> str:
+    """The same, from the first four bytes of the text."""
     if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         return "utf-32"
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -314,6 +352,8 @@ def load_tensors(path: Path):
     except Exception as error:
         if is_of_disk(error):
             raise unreadable(path, error) from None
+        if is_shortage(error):
+            raise too_large(path, error) from None
         raise
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from util import UserError, text_encoding, unreadable
+from util import UserError, encoding_of, unreadable
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "wandb_config"
 
@@ -339,8 +339,8 @@ def read_yaml(path: Path, what: str, form: str = "value") -> dict:
     Raises UserError for a file that cannot be read, and for other contents.
     """
     try:
-        text = Path(path).read_text(text_encoding(path))
-        content = yaml.load(text, Loader=UniqueKeyLoader)
+        text = Path(path).read_bytes()  # once: it may be a pipe
+        content = yaml.load(text.decode(encoding_of(text[:4])), Loader=UniqueKeyLoader)
     except OSError as error:
         raise unreadable(path, error) from None
     except UnicodeError as error:

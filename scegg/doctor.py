@@ -293,7 +293,7 @@ def dataset_report(data_root: Path, dataset: str) -> list[str]:
 
     state = dataset_state(data_root, dataset)
     lines, usable = list(state.lines), []
-    for path in sorted(feature_file(dataset, "resnet101").parent.glob("*.hdf5")):
+    for path in sorted(feature_file(dataset, "resnet101").parent.glob("[!.]*.hdf5")):
         line, features = feature_line(path)
         lines.append(line)
         if features and state.fingerprint in (None, features.split.fingerprint_of_images):

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import faulthandler
+import io
 import os
 import signal
 import time
@@ -12,6 +13,8 @@ from util import UserError, codes, make_folder, module_if_there, unwritable
 
 fcntl, resource = module_if_there("fcntl"), module_if_there("resource")  # not on Windows
 msvcrt = module_if_there("msvcrt")  # only there
+
+CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGTRAP")
 
 # ---- locks
 
@@ -33,17 +36,17 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def locked(path: Path, doing: str, wait: bool = False):
-    """Hold the lock file `path` for a block; the holder removes it.
+    """Hold the lock file `path` for a block; the holder removes it. Yields whether it is held.
 
     Whoever else wants it waits, or gets a UserError that says what is being done (`doing`). The
     lock is the system's: it ends with its process, however that dies. On a disk without locks it
     says so in a line, and holds nothing.
     """
     make_folder(path.parent)
-    file = take_lock(path, doing, wait)
+    file, is_held = take_lock(path, doing, wait)
     HELD.add(file)
     try:
-        yield
+        yield is_held
     finally:
         HELD.discard(file)
         if fcntl is None:  # Windows removes no open file, nor one that the next holder has open
@@ -53,8 +56,11 @@ def locked(path: Path, doing: str, wait: bool = False):
         file.close()
 
 
-def take_lock(path: Path, doing: str, wait: bool):
-    """The open file of a lock that is ours. Raises UserError as `locked` does."""
+def take_lock(path: Path, doing: str, wait: bool) -> tuple[io.TextIOBase, bool]:
+    """The open file of a lock, and whether it is ours: a disk may have no locks.
+
+    Raises UserError as `locked` does.
+    """
     is_told = False
     while True:
         file = open_lock(path)
@@ -66,10 +72,10 @@ def take_lock(path: Path, doing: str, wait: bool):
                 "let no other process work on the same file",
                 flush=True,
             )
-            return file
+            return file, False
 
         if is_ours and is_still_at(file, path):
-            return file
+            return file, True
         file.close()
         if is_ours:  # its holder was done and removed it: take a new one
             continue
@@ -124,23 +130,40 @@ def open_lock(path: Path):
 # ---- children
 
 
-def survives(action, seconds: int) -> bool:
-    """Whether `action()` ends within `seconds` without killing its process.
+def require_survivable(action, path: Path, seconds: int, reader: str, remedy: str):
+    """Raises UserError if `action()`, which reads a file, crashes or takes longer than `seconds`.
 
     It is tried in a forked process. What it raises there does not matter.
+    reader: whose code it runs. remedy: what helps against damaged bytes.
     """
-    return fatal_signal(action, seconds) == 0
+    signum = fatal_signal(action, seconds)
+    if signum == 0:
+        return
+
+    name = signal.Signals(signum).name
+    if name == "SIGALRM":
+        raise UserError(
+            f"{path} could not be opened in {seconds} seconds: either its disk does not answer, "
+            f"or {reader} hung over damaged bytes; if the disk is well, {remedy}"
+        )
+    if name in CRASHES:
+        raise UserError(f"{path} is damaged, {reader} crashed over it: {remedy}")
+    raise UserError(f"{path}: the process that tried it was killed ({name}): is memory short?")
 
 
 def fatal_signal(action, seconds: int) -> int:
     """The signal that killed the forked process in which `action()` was tried; 0 if none did.
 
-    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried.
+    SIGALRM: it took more than `seconds`. Without fork (Windows), nothing is tried, nor where the
+    system gives no other process: it may count our memory twice, or have a limit of processes.
     """
     if not hasattr(os, "fork"):
         return 0
+    try:
+        child = os.fork()
+    except OSError:
+        return 0
 
-    child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
             faulthandler.disable()  # we report the crash

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.io
 
 from scegg.datasets.layouts import FOLDER, NAME, OWN
-from scegg.datasets.semantics import read_semantics
+from scegg.datasets.semantics import composed, read_semantics
 from scegg.datasets.splits import hold_out
 from util import (
     FlagParser,
@@ -29,7 +29,7 @@ from util import (
 
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp"),
-    *(".tif", ".tiff", ".webp"),
+    *(".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pbm", ".pnm"),
 }
 IMAGES = "images"  # the folder of the pictures, and the anchor of their paths
 VAL_SHARE = 0.25  # of the seen classes are val classes, for protocol: validated
@@ -100,8 +100,9 @@ def read_seen(path: Path, classes: list[str]) -> np.ndarray:
         raise UserError(f"--seen {path} could not be read ({reason}") from None
     except UnicodeError as error:
         raise UserError(f"--seen {path} is no UTF-8 ({error}): save it as UTF-8") from None
-    seen = {line.strip() for line in lines if line.strip()}
+    seen = {composed(line.strip()) for line in lines if line.strip()}
 
+    classes = [composed(name) for name in classes]
     unknown = sorted(seen - set(classes))
     if unknown:
         raise UserError(f"--seen {path}: {unknown[0]} is no class, there is no folder of its name")

@@ -5,6 +5,7 @@ columns. A .npy file is a table (C, K), its rows in the order of the classes.
 """
 
 import csv
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def read_csv(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str] | No
     Classes that are in the file alone are left out, and a line says so.
     """
     with open(path, encoding=text_encoding(path), newline="") as file:
-        lines = [(reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row]
+        reader = csv.reader(file)
+        lines = [(reader.line_num, row) for row in map(without_empty_end, reader) if row]
     if not lines:
         raise UserError(f"{path} is empty")
 
@@ -72,14 +74,15 @@ def read_csv(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str] | No
         raise UserError(f"{path}: commas must divide each line into a class and its numbers")
     rows = {}
     for number, row in lines:
-        name, values = row[0].strip(), numbers_of(row)
+        name, values = composed(row[0].strip()), numbers_of(row)
         if values is None or len(values) != length:
             raise UserError(f"{path}, line {number}: expected a class and {length} numbers")
         if name in rows:
             raise UserError(f"{path}, line {number}: the class {name} stands twice")
         rows[name] = values
 
-    missing = [name for name in classes if name not in rows]
+    wanted = [composed(name) for name in classes]
+    missing = [name for name in wanted if name not in rows]
     if missing:
         raise UserError(
             f"{path} has no line for {len(missing)} of {len(classes)} classes, the first is "
@@ -87,7 +90,19 @@ def read_csv(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str] | No
         )
     if len(rows) > len(classes):
         print(f"{path}: {len(rows) - len(classes)} classes without pictures are left out")
-    return np.array([rows[name] for name in classes]), names
+    return np.array([rows[name] for name in wanted]), names
+
+
+def composed(name: str) -> str:
+    """A name in its letters' usual form: macOS writes é in names of files as e and an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def without_empty_end(row: list[str]) -> list[str]:
+    """A row without the empty cells at its end: spreadsheets make all rows equally long."""
+    while row and not row[-1].strip():
+        row = row[:-1]
+    return row
 
 
 def numbers_of(row: list[str]) -> list[float] | None:

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scegg.datasets.pickled_array import read_pickle
-from util import UserError, is_of_disk, text_encoding, unchanged, unreadable
+from util import UserError, is_of_disk, one_line, text_encoding, unchanged, unreadable
 
 # words of CUB that word2vec-google-news-300 lacks, and what is looked up for them in every model
 REPLACEMENTS = {"spatulate": "broad", "upperparts": "upper parts", "grey": "gray"}
@@ -55,7 +55,7 @@ def attribute_vectors(
     if path is None and wordless:
         return dimension_vectors(count, dataset), "gaussian"
     if path is not None:
-        vectors, source = read_vectors(path, names), path.name
+        vectors, source = read_vectors(path, names), one_line(path.name)
     elif names is not None:
         vectors, source = gaussian_vectors(names), "gaussian"
         print(
@@ -96,7 +96,8 @@ def find_vectors(folder: Path, dataset: str | None, models: bool = True) -> Path
     if dataset is not None:
         candidates += [folder / f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
     if models:
-        candidates += sorted([*folder.glob("*.bin"), *folder.glob("*.txt")])
+        # macOS puts a hidden file ._x beside x on disks of other systems
+        candidates += sorted([*folder.glob("[!.]*.bin"), *folder.glob("[!.]*.txt")])
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 

@@ -13,7 +13,7 @@ import scipy.io
 from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.mat73 import is_mat73, read_mat73
 from scegg.datasets.splits import LOCATIONS, Split, check_split
-from scegg.processes import survives
+from scegg.processes import require_survivable
 from util import UserError, is_of_disk, text_encoding, unreadable
 
 PATIENCE = 120  # seconds that reading a .mat file may take
@@ -139,8 +139,8 @@ def read_mat(
             return read_mat73(path, keys + optional)
         return scipy.io.loadmat(path, variable_names=keys + optional)
 
-    if not survives(load, PATIENCE):  # scipy's and HDF5's C code can crash over damaged bytes
-        raise UserError(f"{path} is damaged, its reader crashed or hung: download it again")
+    # scipy's and HDF5's C code can crash over damaged bytes
+    require_survivable(load, path, PATIENCE, "its reader", "download it again")
     try:
         content = load()
     except UserError:

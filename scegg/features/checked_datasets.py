@@ -38,13 +38,17 @@ class CheckedDatasets:
         return key in self.datasets
 
     def array(self, key: str, kinds: str, dimensions: int, what: str) -> np.ndarray:
-        """A dataset's contents; kinds: of numpy's types. what: says this in the error."""
+        """A dataset's contents; kinds: of numpy's types. what: says this in the error.
+
+        A vector may stand in a single row or column, as MATLAB has it.
+        """
         dataset = self.datasets[key]
-        if dataset.dtype.kind not in kinds or dataset.ndim != dimensions:
+        is_line = dimensions == 1 and dataset.ndim == 2 and 1 in dataset.shape
+        if dataset.dtype.kind not in kinds or not (dataset.ndim == dimensions or is_line):
             raise UserError(
                 f"{self.path}: {key} must be a {what}, it is {dataset.dtype} {dataset.shape}"
             )
-        return dataset[()]
+        return dataset[()].ravel() if is_line else dataset[()]
 
     def indices(self, key: str) -> np.ndarray:
         """A vector of whole numbers as int64."""
@@ -84,7 +88,22 @@ def open_dataset(path: Path, file: h5py.File, key: str) -> h5py.Dataset:
             f"{path}: {key} is stored in other files; a feature file holds all of its data"
         )
 
+    require_filters(dataset, f"{path}: {key}")
     read_in_one_piece = dataset.shape[1:] if key == MAPS else dataset.shape or ()
     if math.prod(read_in_one_piece) > LARGEST:
         raise UserError(f"{path}: {key} is of shape {dataset.shape}, which cannot be true")
     return dataset
+
+
+def require_filters(dataset: h5py.Dataset, what: str):
+    """Raises UserError if HDF5 lacks a filter that the dataset is packed by, as Blosc or Zstd."""
+    properties = dataset.id.get_create_plist()
+    for at in range(properties.get_nfilters()):
+        number, _, _, name = properties.get_filter(at)
+        if not h5py.h5z.filter_avail(number):
+            raise UserError(
+                f"{what} is packed by a filter that HDF5 lacks here ({number} "
+                f"{name.decode(errors='replace')}): pip install hdf5plugin, and let "
+                "HDF5_PLUGIN_PATH name its folder (python -c 'import hdf5plugin; "
+                "print(hdf5plugin.PLUGIN_PATH)')"
+            )

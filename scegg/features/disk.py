@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 from isal import isal_zlib
 
-from util import UserError, is_of_disk, stamp, unreadable
+from util import UserError, is_of_disk, is_shortage, stamp, too_large, unreadable
 
 BEGINNING = 4096  # bytes; HDF5 reads fewer before it knows what the file is
 
@@ -96,6 +96,8 @@ class SourceFile(io.FileIO):
             if self.error is not None:
                 raise unreadable(self.path, self.error) from None
             self.require_unchanged()
+            if is_shortage(error):
+                raise too_large(self.path, error) from None
             if is_of_disk(error):  # that of another file, which is made from this one
                 raise unreadable(error.filename or self.path, error) from None
             raise UserError(f"{self.path} {problem} ({error}): {remedy}") from None

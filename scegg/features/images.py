@@ -16,7 +16,7 @@ from scegg.speed.threads import granted_cores
 from util import UserError, remedy
 
 # Pillow knows more formats, and would run Ghostscript on EPS
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 LONGEST_SIDE = 50  # times the shorter side of an image
 MEGAPIXELS = 200  # of an image that is read unasked; Pillow warns of 90
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20  # bytes; Pillow refuses a PNG with 1 MB of text
@@ -98,7 +98,7 @@ def known_white(image: Image.Image, least: float, most: float) -> float:
     largest sample, else the least plausible number that no value passes.
     Raises Unusable where there is none.
     """
-    bits = tiff_tag(image, BITS, 16)
+    bits = tiff_tag(image, BITS, 32 if image.mode == "F" else 16)
     signs = int(tiff_tag(image, SAMPLE_FORMAT, 1) == 2)
     candidates = [2.0 ** (bits - signs) - 1]
     if bits > 16:

@@ -1,8 +1,8 @@
 """Batches of pictures from decoding processes, also where these have next to no shared memory."""
 
 import contextlib
+import math
 import multiprocessing
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from scegg.features.images import Images, Unreadable, collate
 from scegg.features.ranks import ranks_on_this_machine
-from util import UserError
+from util import UserError, free_space
 
 SHARED_MEMORY = Path("/dev/shm")  # Linux's; Docker gives a container 64 MB of it
 PREFETCHED = 4  # batches for each process
@@ -77,9 +77,9 @@ class ToMainProcess:
         # those that wait, the one in use, and the one that is being pinned
         needed = (PREFETCHED * workers + 2) * batch_bytes
         needed *= ranks_on_this_machine()
-        free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else None
+        free = free_space(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else math.inf
         # half is left to other programs
-        self.in_shared_memory = free is None or 2 * needed < free
+        self.in_shared_memory = 2 * needed < free
         if not self.in_shared_memory:
             print(
                 f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and the decoded pictures might "
@@ -100,11 +100,18 @@ class ToMainProcess:
 def told_of_lost_workers():
     """Turn what DataLoader raises over a process that was killed or is stuck into a UserError.
 
+    So it does where the limit of open files is too low.
+
     Of a killed one it tells at any moment, whatever the main process is doing then.
     """
     try:
         yield
     except RuntimeError as error:
+        if "Too many open files" in str(error):  # each batch on its way holds one open
+            raise UserError(
+                "the decoding processes may not open more files: allow more (ulimit -n), or run "
+                "again with fewer --num_workers"
+            ) from None
         is_late = "DataLoader timed out" in str(error)
         if not is_late and "DataLoader worker" not in str(error):
             raise

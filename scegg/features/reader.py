@@ -6,7 +6,6 @@ Maps are normalised when they are read, so once, and not in every training step.
 import dataclasses
 import functools
 import math
-import signal
 from pathlib import Path
 
 import h5py
@@ -36,7 +35,7 @@ from scegg.features.feature_file import (
     read_provenance,
 )
 from scegg.features.repack import Repacked, repacked
-from scegg.processes import fatal_signal
+from scegg.processes import require_survivable
 from util import UserError, is_missing, unreadable
 
 PATIENCE = 120  # seconds that opening a file may take
@@ -192,12 +191,12 @@ def open_features(
         raise unreadable(path, error) from None
 
     wanted = {"backbone": backbone, "img_size": img_size, "dataset": dataset}
-    require_survivable(disk, wanted)
+    try_in_a_child(disk, wanted)
     with disk.reading("is not a complete HDF5 file", AGAIN):
         return check_features(path, open_hdf5(disk), disk, wanted)
 
 
-def require_survivable(disk: SourceFile, wanted: dict):
+def try_in_a_child(disk: SourceFile, wanted: dict):
     """Raises UserError if HDF5 crashes over the bytes of a feature file, or does not end.
 
     wanted: as `check_features` takes it.
@@ -211,17 +210,7 @@ def require_survivable(disk: SourceFile, wanted: dict):
             ends = maps[0, 0, 0, 0], maps[-1, -1, -1, -1]  # with the chunks that they are in
             return maps.chunks and maps.id.chunk_iter(lambda chunk: None), ends
 
-    signum = fatal_signal(probe, PATIENCE)
-    if signum == 0:
-        return
-    if signum == signal.SIGKILL:
-        raise UserError(f"{disk.path}: the process that tried it was killed: is memory short?")
-    if signum == signal.SIGALRM:
-        raise UserError(
-            f"{disk.path} could not be opened in {PATIENCE} seconds: either its disk does not "
-            f"answer, or HDF5 hung over damaged bytes; if the disk is well, {AGAIN}"
-        )
-    raise UserError(f"{disk.path} is damaged, HDF5 crashed over it: {AGAIN}")
+    require_survivable(probe, disk.path, PATIENCE, "HDF5", AGAIN)
 
 
 # ---------------------------------------------------------------- its checks

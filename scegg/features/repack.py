@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from scegg.features.chunks import Target, read_chunks
 from scegg.features.disk import SourceFile, new_hdf5, open_hdf5
 from scegg.features.feature_file import MAPS, read_maps
 from scegg.processes import locked
-from util import UserError, atomic_path, remove_partials, unreadable, unwritable
+from util import UserError, atomic_path, free_space, remove_partials, unreadable, unwritable
 
 AGAIN = "delete it and run again"
 BLOCK = 1 << 24  # bytes of maps that are held at once, or a column of chunks if that is more
@@ -59,9 +58,10 @@ def repacked(disk: SourceFile, maps: h5py.Dataset) -> Repacked:
 
     lock = target.with_name(f".{target.name}.lock")
     if not target.is_file():
-        with locked(lock, f"writing {target}", wait=True):
+        with locked(lock, f"writing {target}", wait=True) as is_held:
             if not target.is_file():  # whoever held the lock may have written it
-                remove_partials(target.parent, target.name)
+                if is_held:  # else another process may be writing its own
+                    remove_partials(target.parent, target.name)
                 tell(disk.path, maps, target, size)
                 with atomic_path(target) as temporary:
                     write(temporary, disk, maps)
@@ -99,7 +99,7 @@ def repacked_for_now(disk: SourceFile, maps: h5py.Dataset, size: int) -> Repacke
 
 def has_room(folder: Path, size: int) -> bool:
     """Whether a file of so many bytes can be made in a folder."""
-    return os.access(folder, os.W_OK) and size < 0.95 * shutil.disk_usage(folder).free
+    return os.access(folder, os.W_OK) and size < 0.95 * free_space(folder)
 
 
 def tell(path: Path, maps: h5py.Dataset, target: Path, size: int):

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,14 @@ from scegg.features.reader import READ_AT_ONCE, Features
 from scegg.features.sampler import BalancedSampler
 from scegg.processes import locked
 from scegg.speed.threads import cgroup_folders
-from util import UserError, atomic_path, remove_partials, require_space, unreadable
+from util import (
+    UserError,
+    atomic_path,
+    free_space,
+    remove_partials,
+    require_space,
+    unreadable,
+)
 
 # ---------------------------------------------------------------- the choice
 
@@ -100,7 +106,7 @@ class Room:
     def of(cls, size: int, device: torch.device, folder: Path) -> "Room":
         """The room for `size` bytes of maps. A flat file that is there already needs none."""
         on_device = 0.5 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0.0
-        on_disk = 0.95 * shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0.0
+        on_disk = 0.95 * free_space(folder) if os.access(folder, os.W_OK) else 0.0
         with contextlib.suppress(OSError):  # somebody removes caches meanwhile
             if any(file.stat().st_size == size for file in folder.glob("*.cache")):
                 on_disk = math.inf
@@ -165,8 +171,10 @@ class FlatCache:
 
         if not self.is_whole():
             lock = self.path.with_name(f".{self.path.name}.lock")
-            with locked(lock, f"writing {self.path}", wait=True):
+            with locked(lock, f"writing {self.path}", wait=True) as is_held:
                 if not self.is_whole():  # whoever held the lock may have written it
+                    if is_held:  # else another process may be writing its own
+                        remove_partials(self.path.parent, self.path.name)
                     self.write(features, indices, progress)
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115 (it stays open)
         self.pinned = pinned
@@ -178,8 +186,7 @@ class FlatCache:
         return self.path.is_file() and self.path.stat().st_size == self.size
 
     def write(self, features: Features, indices: np.ndarray, progress):
-        """Make the file. Only the process that holds its lock may call it."""
-        remove_partials(self.path.parent, self.path.name)
+        """Make the file."""
         require_space(self.path.parent, self.size, f"the cache {self.path.name}")
         with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
             for maps in read_pieces(features, indices):

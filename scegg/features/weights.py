@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from util import UserError, is_of_disk, sha256, unreadable
+from util import UserError, is_of_disk, one_line, sha256, unreadable
 
 OFFLINE = "efficientnet_lite2"  # its weights come in an installed package
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its state dict lies
@@ -54,7 +54,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
         if is_of_disk(error):
             raise unreadable(path, error) from None
         raise UserError(
-            f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}"
+            f"--weights {path} is not a state dict that can be loaded safely: {first_line(error)}; "
+            "if it is a whole checkpoint or model, save its state_dict() alone, else copy it again"
         ) from None
 
     for wrapper in WRAPPERS:
@@ -62,7 +63,7 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], str]:
             state = state[wrapper]
     if not is_state(state):
         raise UserError(f"--weights {path} does not hold a state dict (names to tensors)")
-    return {without_prefixes(key): value for key, value in state.items()}, Path(path).name
+    return {without_prefixes(key): value for key, value in state.items()}, one_line(Path(path).name)
 
 
 def load_file(path: Path):

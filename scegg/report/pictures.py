@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scegg.config import Config
-from scegg.datasets.make import SUFFIXES
+from scegg.datasets.make import SUFFIXES, is_shown
 from scegg.features.backbones import build_backbone, fold
 from scegg.features.extract import Backbone
 from scegg.features.images import (
@@ -62,7 +62,7 @@ def read_crop(path: Path, img_size: int, megapixels: int = MEGAPIXELS) -> Tensor
 
 
 def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[Path]:
-    """The files named, and every picture in the folders named, by name.
+    """The files named, and every picture in the folders named, by name; no hidden ones.
 
     Only the names in one folder are held in memory. tell(line) is told of a folder that cannot be
     listed.
@@ -76,9 +76,9 @@ def picture_files(places: list[Path], tell: Callable[[str], None]) -> Iterator[P
             yield place
             continue
         for folder, folders, names in os.walk(place, onerror=tell_of_folder):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if is_shown(Path(name)))
             for name in sorted(names):
-                if Path(name).suffix.lower() in SUFFIXES:
+                if is_shown(Path(name)) and Path(name).suffix.lower() in SUFFIXES:
                     yield Path(folder, name)
 
 

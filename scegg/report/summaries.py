@@ -161,7 +161,7 @@ def gather(paths: list[Path]) -> tuple[list[FinishedRun], int]:
 
 def summary_files(folder: Path) -> list[Path]:
     """The summaries in the run folders below a folder, and those that `record` copied into it."""
-    return sorted([*folder.rglob("summary.json"), *folder.glob("*_seed*.json")])
+    return sorted([*folder.rglob("summary.json"), *folder.glob("[!.]*_seed*.json")])
 
 
 def count_unfinished(folder: Path) -> int:

@@ -14,7 +14,8 @@ import torch
 
 from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.datasets.layouts import LAYOUTS, add_layout_flag, find_layout
-from scegg.datasets.xlsa17 import read_split
+from scegg.datasets.splits import LOCATIONS
+from scegg.datasets.xlsa17 import read_mat, read_split
 from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
@@ -89,7 +90,7 @@ def main(argv=None, dataset: str | None = None, report: Callable | None = None):
         if path is None:
             path = new_folder(options.runs, dataset)
             held.enter_context(locked(path / ".lock", f"training {path}"))
-            notes["wandb_id"] = os.environ.get("WANDB_RUN_ID", path.name)
+            notes["wandb_id"] = os.environ.get("WANDB_RUN_ID", "").strip() or path.name
         remove_partials(path)
         print(f"run {path} on {job.device}" + (", resumed" if saved else ""))
 
@@ -251,7 +252,7 @@ def made_features(dataset: str, config: Config) -> Path:
     if path.is_file():
         return path
 
-    others = ", ".join(sorted(other.name for other in path.parent.glob("*.hdf5")))
+    others = ", ".join(sorted(other.name for other in path.parent.glob("[!.]*.hdf5")))
     hint = f" (there is {others}: give its --backbone)" if others else ""
     raise UserError(
         f"{path} is missing: make it with preprocessing.py --dataset {dataset} --backbone "
@@ -260,10 +261,15 @@ def made_features(dataset: str, config: Config) -> Path:
 
 
 def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
-    """Raises UserError if data_root holds another split than the features were made with."""
-    if not (data_root / "xlsa17" / "data" / dataset / "att_splits.mat").is_file():
+    """Raises UserError if data_root holds another split than the features were made with.
+
+    So it does for a split that cannot be read.
+    """
+    path = data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
+    if not path.is_file():
         return
 
+    read_mat(path, LOCATIONS)  # what is wrong with the file itself is told here
     try:
         split, _ = read_split(data_root, dataset, features.split.labels)
         fingerprint = split.fingerprint

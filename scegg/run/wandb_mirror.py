@@ -42,8 +42,13 @@ PAPERS_NAMES = ("epoch", *ACCURACIES, *(f"best_{name}" for name in ACCURACIES))
 def wandb_mode(flag: str | None) -> str:
     """The flag, else WANDB_MODE, else online if somebody is logged in and offline if not.
 
-    It never prompts. Raises UserError for a WANDB_MODE that W&B does not have.
+    It never prompts. An empty variable of W&B's is unset from now on: W&B itself refuses some.
+    Raises UserError for a WANDB_MODE that W&B does not have.
     """
+    for name, value in list(os.environ.items()):
+        if name.startswith("WANDB_") and not value.strip():
+            del os.environ[name]
+
     mode = flag or os.environ.get("WANDB_MODE")
     if mode in MODES:
         return MODES[mode]

@@ -29,8 +29,9 @@ def before_torch():
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-    if granted_cores() < allowed_cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(granted_cores()))
+    # a job's script may set it to a variable that is empty
+    if granted_cores() < allowed_cores() and not os.environ.get("OMP_NUM_THREADS", "").strip():
+        os.environ["OMP_NUM_THREADS"] = str(granted_cores())
     if is_intels():
         os.environ.setdefault("MKL_CBWR", "AUTO")
 
@@ -78,12 +79,13 @@ def cgroup_folders(controller: str) -> Iterator[Path]:
     for line in ["0::/", *groups]:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
-        # version 1 mounts each controller below its name, version 2 all of them at once
-        mount = CGROUPS / controllers if controllers else CGROUPS
         if controllers and controller not in controllers.split(","):
             continue
-        own = mount / group.lstrip("/")
-        yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
+        # version 1 mounts controllers below their names, version 2 all of them at once; where two
+        # share a mount, some systems say "cpuacct,cpu" and mount "cpu,cpuacct", with a link "cpu"
+        for mount in {CGROUPS / controllers, CGROUPS / controller} if controllers else {CGROUPS}:
+            own = mount / group.lstrip("/")
+            yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(mount))
 
 
 def quotas(folder: Path) -> Iterator[float]:

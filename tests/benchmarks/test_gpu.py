@@ -304,7 +304,8 @@ def test_auto_is_asked_on_a_smaller_card(tmp_path, monkeypatch, card, ram, expec
         torch.cuda, "set_per_process_memory_fraction", lambda share, _: fractions.append(share)
     )
     monkeypatch.setattr(storage, "available_ram", lambda: ram)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e12))
+    usage = SimpleNamespace(total=1e12, free=1e12)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
 
     size = 4 * 23527 * 2048 * 14 * 14
     with smaller_card(card * GIB, CUDA):

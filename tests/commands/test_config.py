@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import threading
 
 import pytest
 import wandb
@@ -175,6 +177,17 @@ def test_damaged_config_files(tmp_path, change, message):
 
 def test_large_whole_numbers_are_not_rounded():
     assert read_config(SUN_CONFIG, {"seed": "9007199254740993"}).seed == 9007199254740993
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_a_config_may_come_through_a_pipe(tmp_path):
+    """As from a shell's <(sed ... config.yaml): it can be read once."""
+    os.mkfifo(tmp_path / "pipe")
+    content = SUN_CONFIG.read_bytes()
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[content])
+    writer.start()
+    assert read_config(tmp_path / "pipe", {}) == read_config(SUN_CONFIG, {})
+    writer.join()
 
 
 def test_missing_config_file(tmp_path):

@@ -157,6 +157,15 @@ def test_only_files_are_pictures_and_blanks_around_names_do_not_count(own, capsy
     assert len(read_dataset(own / "data", "PETS")[2]) == 6 * len(CLASSES)
 
 
+def test_tables_as_spreadsheets_and_other_systems_write_them(tmp_path):
+    (tmp_path / "t.csv").write_text("class,furry,,\n,,,\ncaf\u00e9,1,,\ndog,2,,\n,,,\n")
+    (tmp_path / "seen.txt").write_text("caf\u00e9\ndog\n")
+    classes = ["cafe\u0301", "dog", "emu"]  # macOS's spelling of the folder
+    table, names = read_semantics(tmp_path / "t.csv", classes[:2])
+    assert table.tolist() == [[1], [2]] and names == ["furry"]
+    assert make.read_seen(tmp_path / "seen.txt", classes).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "table, message",
     [

@@ -9,6 +9,7 @@ import pytest
 from scegg.datasets.word_vectors import (
     attribute_vectors,
     attribute_words,
+    find_vectors,
     gaussian_vectors,
     read_vectors,
 )
@@ -171,3 +172,10 @@ def test_sources_in_order(tmp_path, capsys):
         attribute_vectors(None, tmp_path, "CUB", NAMES, 4)
     with pytest.raises(UserError, match="no word vectors and no attribute names"):
         attribute_vectors(None, tmp_path / "elsewhere", "CUB", None, 3)
+
+
+def test_hidden_files_are_no_models(tmp_path):
+    (tmp_path / "._a.bin").write_bytes(b"\0\5\x16\7")  # macOS makes them on disks of others
+    assert find_vectors(tmp_path, "CUB") is None
+    (tmp_path / "a.txt").write_text("black 1 2\n")
+    assert find_vectors(tmp_path, "CUB") == tmp_path / "a.txt"

@@ -237,7 +237,7 @@ def test_a_mount_that_goes_away_while_a_file_is_repacked_is_no_damage(tmp_path, 
     path = tmp_path / "f.hdf5"
     foreign_features(path, (40, 5, 1, 1))
     features = open_features(path)
-    monkeypatch.setattr(repack.shutil, "disk_usage", stale)
+    monkeypatch.setattr("shutil.disk_usage", stale)
     with pytest.raises(UserError, match="could not be read .*: see whether its disk or mount"):
         features.raw(np.array([0]))
 

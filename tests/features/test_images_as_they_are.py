@@ -136,6 +136,16 @@ def test_an_unknown_range_is_refused_in_a_line(tmp_path, values, sample_format):
     assert "restore" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_portable_maps_of_any_depth(tmp_path):
+    deep = GREY.astype(np.uint16) * 257
+    (tmp_path / "a.pgm").write_bytes(b"P5 50 40 65535\n" + deep.astype(">u2").tobytes())
+    floats = (GREY[::-1] / 255).astype("<f4")  # from the last row on
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n50 40\n-1.0\n" + floats.tobytes())
+    Image.fromarray(GREY).convert("RGB").save(tmp_path / "a.ppm")
+    for name in ("a.pgm", "a.pfm", "a.ppm"):
+        np.testing.assert_array_equal(read_grey(tmp_path / name), GREY)
+
+
 # ---------------------------------------------------------------- large ones
 
 

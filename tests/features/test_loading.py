@@ -53,8 +53,8 @@ def test_little_shared_memory_is_seen_told_and_spared(paths, monkeypatch, capsys
     assert same(loaded(paths, 2), expected) and not capsys.readouterr().out
 
     needed = (2 * loading.PREFETCHED + 2) * 3 * 3 * 32 * 32
-    usage = SimpleNamespace(free=2 * needed)
-    monkeypatch.setattr(loading.shutil, "disk_usage", lambda folder: usage)
+    usage = SimpleNamespace(total=4 * needed, free=2 * needed)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
 
     def forbidden(self):
         raise AssertionError("shared memory is used")
@@ -128,6 +128,13 @@ def test_processes_that_are_stuck_are_given_up(paths, monkeypatch, action):
 def test_a_killed_process_is_told_of(paths):
     with pytest.raises(UserError, match="a decoding process was killed"):
         loaded(paths, 2, InWorker(die))
+
+
+def test_a_low_limit_of_open_files_is_told_of():
+    said = "Too many open files. Communication with the workers is no longer possible."  # torch's
+    with pytest.raises(UserError, match="ulimit -n.*fewer --num_workers"):
+        with loading.told_of_lost_workers():
+            raise RuntimeError(said)
 
 
 IN_A_SMALL_ROOM = """

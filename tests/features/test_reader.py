@@ -133,6 +133,33 @@ def test_flipped_bytes_never_end_in_a_traceback(features, seed):
             data.read(np.arange(len(data.split.labels)))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_another_writers_vectors_may_be_rows_and_columns(features, axis):
+    expected = open_features(features).split
+    with h5py.File(features, "r+") as file:
+        for name in ("labels", "trainval_loc", "test_seen_loc", "test_unseen_loc"):
+            vector = file[name][()]
+            del file[name]
+            file[name] = np.expand_dims(vector, axis)
+    assert open_features(features).split.fingerprint == expected.fingerprint
+
+
+def test_a_filter_that_is_not_installed_is_no_damage(tmp_path):
+    arrays = feature_arrays()
+    maps = arrays.pop("feature_map")
+    path = write_features(tmp_path / "f.hdf5", arrays)
+    packed = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    packed.set_chunk((1, *maps.shape[1:]))
+    packed.set_filter(32003, h5py.h5z.FLAG_OPTIONAL)  # one of those that are installed apart
+    with h5py.File(path, "a") as file:
+        space = h5py.h5s.create_simple(maps.shape)
+        h5py.h5d.create(file.id, b"feature_map", h5py.h5t.IEEE_F32LE, space, packed)
+        file["feature_map"].id.write_direct_chunk((0, 0, 0, 0), bytes(9))
+
+    with pytest.raises(UserError, match="feature_map is packed by a filter that HDF5 lacks here"):
+        open_features(path)
+
+
 def test_another_writers_train_loc_is_kept_inside_trainval(features):
     with h5py.File(features, "r+") as file:
         trainval, test_seen = file["trainval_loc"][()], file["test_seen_loc"][()]

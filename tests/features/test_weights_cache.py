@@ -68,6 +68,11 @@ def test_a_whole_file_is_read_and_another_one_is_said(cached, whole, monkeypatch
     assert not capsys.readouterr().out
 
 
+def test_a_files_name_may_be_of_any_bytes(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "w\udce9.pth")
+    assert read_state(tmp_path / "w\udce9.pth")[1] == "w?.pth"  # HDF5 takes UTF-8 alone
+
+
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04"])
 def test_damaged_weights_of_ones_own(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)

@@ -131,6 +131,13 @@ def test_a_folder_with_broken_pictures_goes_on_elsewhere(toy_run, alone, capsys)
         name_pictures(capsys, alone, alone)
 
 
+def test_hidden_files_in_folders_are_no_pictures(tmp_path):
+    (tmp_path / ".checkpoints").mkdir()
+    for name in ("a.jpg", "._a.jpg", ".checkpoints/a.jpg"):
+        (tmp_path / name).touch()
+    assert list(pictures.picture_files([tmp_path], print)) == [tmp_path / "a.jpg"]
+
+
 def test_results_are_printed_before_the_next_pictures_are_read(toy_run, monkeypatch):
     read, predictor = [], Predictor(read_run(toy_run.folder), CPU)
 

@@ -60,6 +60,22 @@ def test_whatever_the_errno_a_disk_without_locks_is_said_so_in_a_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_beside_each_other_make_the_same_cache_without_locks(features, monkeypatch, capsys):
+    monkeypatch.setattr(processes.fcntl, "flock", failing(errno.ENOLCK))
+    data, others = open_features(features), []
+
+    def meanwhile(_):
+        if not others:
+            others.append(None)
+            others.append(FeatureMaps(data, data.split.trainval, CPU, Storage("disk")))
+
+    ours = FeatureMaps(data, data.split.trainval, CPU, Storage("disk"), meanwhile)
+    for maps in (ours, others[1]):
+        assert torch.equal(torch.cat(list(maps.in_order())), data.read(data.split.trainval))
+    assert "has no locks" in capsys.readouterr().out
+    assert len(list(features.parent.iterdir())) == 2
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -120,6 +136,18 @@ def test_a_disk_is_asked_what_it_can_do_before_the_first_image(
 def test_an_output_that_is_a_folder_is_refused_before_the_first_image(toy_root, tmp_path):
     with pytest.raises(UserError, match="--output .* is a folder: name a file"):
         preprocess(toy_root, tmp_path)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, is_there):
+    target, link = tmp_path / "scratch" / "maps.hdf5", tmp_path / "maps.hdf5"
+    link.symlink_to(target)
+    if is_there:
+        target.parent.mkdir()
+        target.touch()
+    options = preprocessing.parse_arguments(["-d", "TOY", "-n", "0", "--output", str(link)])
+    preprocessing.fill_in_defaults(options, CPU)
+    assert options.output == target.resolve()
 
 
 def test_a_file_that_is_too_large_for_the_disk_is_refused_before_the_first_image(
@@ -219,6 +247,25 @@ def test_a_checkpoint_the_disk_does_not_give_is_not_damaged(tmp_path, monkeypatc
     monkeypatch.setattr("builtins.open", failing(errno.ESTALE))
     with pytest.raises(UserError, match="checkpoint.pt could not be read .*: see whether its disk"):
         read_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_file_for_which_there_is_too_little_memory_is_not_damaged(
+    tmp_path, features, monkeypatch, error
+):
+    def fail(*arguments, **_):
+        raise error
+
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr("torch.load", fail)
+    with pytest.raises(UserError, match="checkpoint.pt could not be read, the memory is full"):
+        read_checkpoint(tmp_path / "checkpoint.pt")
+    data = open_features(features)
+    monkeypatch.setattr(reader, "read_maps", fail)
+    with pytest.raises(UserError, match="features.hdf5 could not be read, the memory is full"):
+        data.read(np.arange(3))
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])

@@ -1,5 +1,6 @@
 """Windows and macOS: what only some systems have is simulated as missing."""
 
+import getpass
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import scegg
 import util
 from helpers import ROOT
 from scegg import processes
@@ -27,7 +29,7 @@ for name in ("fork", "register_at_fork", "preadv", "pread"):
 del signal.alarm, signal.SIGALRM, signal.SIGKILL
 import evaluate, preprocessing, results, train_joint, visualize, util
 from scegg import processes
-assert processes.survives(lambda: None, 1)
+assert processes.fatal_signal(lambda: None, 1) == 0
 print(util.peak_memory_gb(util.pick_device("cpu")))
 """
 
@@ -91,3 +93,17 @@ def test_features_are_read(windows, features, where):
     maps = FeatureMaps(data, data.split.trainval, torch.device("cpu"), Storage(where))
     assert torch.equal(torch.cat(list(maps.in_order())), data.read(data.split.trainval))
     assert np.isfinite(data.w2v).all()
+
+
+def test_a_containers_user_may_have_neither_name_nor_home(tmp_path, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment = {"PATH": os.environ["PATH"]}
+    monkeypatch.setattr(os, "environ", environment)
+    scegg.provide_user()
+    assert environment["HOME"] == str(tmp_path)
+    assert getpass.getuser() == environment["USER"] == f"user{os.getuid()}"
+
+    before = dict(environment)
+    scegg.provide_user()  # a name and a home that are there stay
+    assert environment == before

@@ -260,6 +260,16 @@ def test_another_split_in_the_data_root_is_refused(tmp_path, real_data):
         run_training("CUB", "sun_gzsl.yaml", argv)
 
 
+def test_a_split_that_cannot_be_read_is_no_other_split(tmp_path):
+    path = write_features(tmp_path / "f.hdf5", feature_arrays())
+    mats = tmp_path / "xlsa17" / "data" / "CUB"
+    mats.mkdir(parents=True)
+    (mats / "att_splits.mat").write_bytes(b"<html>")
+    argv = ["--features", str(path), "--data_root", str(tmp_path)]
+    with pytest.raises(UserError, match="att_splits.mat is not a readable .mat file"):
+        run_training("CUB", "sun_gzsl.yaml", argv)
+
+
 def test_features_of_another_dataset_are_refused(tmp_path):
     path = write_features(tmp_path / "f.hdf5", feature_arrays(), dataset="TOY")
     message = "holds features of dataset TOY, but the run asks for CUB: use the script of TOY"

@@ -133,6 +133,14 @@ def test_whatever_wandb_raises_a_run_goes_on(tmp_path, monkeypatch, capsys, fail
     assert tried == ["online", "offline", "disabled"][: failing + 1]
 
 
+def test_empty_variables_are_none(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID"):  # as a job's script sets them
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(wandb_mirror, "logged_in", lambda: False)
+    assert wandb_mirror.wandb_mode(None) == "offline"
+    assert not {"WANDB_MODE", "WANDB_RUN_ID", "WANDB_SWEEP_ID"} & os.environ.keys()
+
+
 def test_a_variable_that_wandb_itself_refuses_is_told(monkeypatch):
     def refuse(settings):
         raise wandb_mirror.wandb.errors.UsageError("API key cannot start or end with whitespace")

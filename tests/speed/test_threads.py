@@ -117,12 +117,23 @@ def test_quotas_of_version_1(groups):
     assert threads.granted_cores() == 3
 
 
+def test_a_mount_of_version_1_may_name_its_controllers_in_another_order(groups, tmp_path):
+    folder = "cpu,cpuacct/job"
+    files = {f"{folder}/cpu.cfs_quota_us": "150000\n", f"{folder}/cpu.cfs_period_us": "50000\n"}
+    groups("3:cpuacct,cpu:/job\n", **files)
+    (tmp_path / "cgroup" / "cpu").symlink_to("cpu,cpuacct")
+    assert threads.granted_cores() == 3
+
+
 def test_a_quota_sets_the_number_of_threads_and_affinity_need_not(groups, monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     threads.before_torch()
     assert os.environ == {"GOMP_SPINCOUNT": str(threads.SPINS)}
 
     groups("0::/\n", **{"cpu.max": "300000 100000\n"})
+    threads.before_torch()
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    os.environ["OMP_NUM_THREADS"] = ""
     threads.before_torch()
     assert os.environ["OMP_NUM_THREADS"] == "3"
     os.environ["OMP_NUM_THREADS"] = "5"
