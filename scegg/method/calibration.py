@@ -19,28 +19,29 @@ from scegg.method.embeddings import Embedding
 
 STEPS = 100  # shares are tried in steps of 1 %
 LAST = 5  # epochs of the classifier that count; the first ones send nearly all to unseen classes
-TOLERANCE = 0.01  # of H, a fraction: closer shares are called equal, and the smallest is taken
+GAIN = 0.01  # of H, a fraction: a bias that does not gain more is left out
 
 
 class ShareChoice:
-    """Finds a share with a high H: on the mean of a softmax classifier's last epochs.
+    """Finds the share with the best H: on the mean of a softmax classifier's last epochs.
 
-    One epoch alone would leave it to chance: a few held-out classes make H jump. H is flat around
-    its best share, too, so the smallest share of those about as good is taken.
+    One epoch alone would leave it to chance: a few held-out classes make H jump. For the same
+    reason a bias must gain something worth the name.
     unseen_y, seen_y: labels of the held-out images; is_seen (C,) tells the seen classes.
     """
 
     def __init__(self, unseen_y: Tensor, seen_y: Tensor, is_seen: Tensor):
         self.unseen_y, self.seen_y, self.is_seen = unseen_y, seen_y, is_seen
         self.candidates = torch.arange(STEPS, device=is_seen.device, dtype=torch.float64) / STEPS
-        self.found = deque(maxlen=LAST)  # H (STEPS,) of each epoch
+        self.found = deque(maxlen=LAST)  # of each epoch: H without a bias and at every share
 
     def look(self, trainval: Tensor, unseen: Tensor, seen: Tensor):
-        """Take a classifier's logits (n, C) after an epoch: H at every share.
+        """Take a classifier's logits (n, C) after an epoch.
 
         trainval: of the images whose share is meant; unseen, seen: of the held-out ones.
         """
-        biases = margins(trainval, self.is_seen).quantile(self.candidates)[:, None]
+        biases = margins(trainval, self.is_seen).quantile(self.candidates)
+        biases = torch.cat([biases.new_zeros(1), biases])[:, None]
         # an image is called unseen where its margin is below the bias
         called_unseen = (margins(unseen, self.is_seen) < biases).double()
         called_seen = (margins(seen, self.is_seen) >= biases).double()
@@ -48,25 +49,26 @@ class ShareChoice:
         S = called_seen @ shares(seen, self.seen_y, self.is_seen)
         self.found.append(2 * U * S / (U + S).clamp(min=1e-9))
 
-    def best(self) -> float:
-        """The smallest share whose mean H is within TOLERANCE of the best."""
-        H = torch.stack(list(self.found)).mean(dim=0)
-        return self.candidates[H.max() - TOLERANCE <= H][0].item()
+    def best(self) -> float | None:
+        """The share with the best mean H; None where it gains no more than GAIN over no bias."""
+        none, *shares = torch.stack(list(self.found)).mean(dim=0).tolist()
+        best = max(shares)
+        return self.candidates[shares.index(best)].item() if best - none > GAIN else None
 
 
 @torch.no_grad()
 def calibrated(
-    linear: nn.Linear, real: Tensor, is_seen: Tensor, unseen_share: float
+    linear: nn.Linear, real: Tensor, is_seen: Tensor, unseen_share: float | None
 ) -> dict[str, Tensor]:
     """The weights of a classifier whose bias sends a share of the images `real` to unseen classes.
 
-    real (n, d): its inputs of trainval; is_seen (C,). Returns {"weight": (C, d), "bias": (C,)}.
+    real (n, d): its inputs of trainval; is_seen (C,). unseen_share: None takes no bias.
+    Returns {"weight": (C, d), "bias": (C,)}.
     """
-    bias = margins(linear(real), is_seen).quantile(unseen_share).to(linear.bias.dtype)
-    return {
-        "weight": linear.weight.detach().clone(),
-        "bias": torch.where(is_seen, linear.bias - bias, linear.bias).detach(),
-    }
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    if unseen_share is not None:
+        bias[is_seen] -= margins(linear(real), is_seen).quantile(unseen_share).to(bias.dtype)
+    return {"weight": weight, "bias": bias}
 
 
 def seen_columns(classes: int, unseen: Tensor) -> Tensor:

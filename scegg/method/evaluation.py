@@ -77,7 +77,7 @@ class Validated(NamedTuple):
     """
 
     metrics: Metrics
-    unseen_share: float | None  # None where CZSL alone is evaluated
+    unseen_share: float | None  # None without such a bias, and where CZSL alone is evaluated
 
 
 class Scores(NamedTuple):
@@ -211,7 +211,7 @@ class Evaluation:
     CZSL: synthetic features, unseen classes only. GZSL: real seen trainval and synthetic unseen,
     all classes. It is made once in a run, so it keeps the classifiers and their inputs.
     embeddings: of trainval, test_seen and test_unseen; unseen (Cu,) the unseen labels.
-    unseen_share: the one to report, in protocol validated; None: choose it at each evaluation.
+    chosen: {"unseen_share": ...} to report in protocol validated; None: each evaluation chooses.
     """
 
     def __init__(
@@ -220,10 +220,10 @@ class Evaluation:
         embeddings: dict[str, Embedding],
         unseen: Tensor,
         config: Config,
-        unseen_share: float | None = None,
+        chosen: dict | None = None,
     ):
         self.eggn, self.unseen, self.config = eggn, unseen, config
-        self.unseen_share = unseen_share
+        self.chosen = chosen
         self.is_seen = seen_columns(len(eggn.att), unseen)
         trainval = embeddings["trainval"]
         y = unseen.repeat_interleave(config.syn_num)
@@ -252,7 +252,7 @@ class Evaluation:
         is_validated = self.config.protocol == "validated"
 
         if self.config.gzsl:
-            if is_validated and self.unseen_share is None:
+            if is_validated and self.chosen is None:
                 (_, unseen_y), (_, seen_y) = tests["test_unseen"], tests["test_seen"]
                 choice = ShareChoice(unseen_y, seen_y, self.is_seen)
             gzsl, picked = self.gzsl.fit(self.score_gzsl(tests, choice))
@@ -269,7 +269,7 @@ class Evaluation:
         """The scores with what protocol validated reports: last classifiers, GZSL's calibrated."""
         share, gzsl, kept = None, None, dict(scores.kept, picked=dict(scores.kept["last"]))
         if scores.gzsl is not None:
-            share = choice.best() if choice else self.unseen_share
+            share = choice.best() if choice else self.chosen["unseen_share"]
             weights = calibrated(scores.linear, self.x[: self.real], self.is_seen, share)
             kept["picked"]["gzsl"] = weights
             gzsl = self.score_gzsl(tests)(partial(nn.functional.linear, **weights))

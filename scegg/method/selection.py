@@ -81,7 +81,7 @@ class Selection:
     def unseen_share(self) -> float | None:
         """The share of trainval's images that the picked classifier of GZSL calls unseen.
 
-        None where none was chosen: in the paper's protocol, and for CZSL.
+        None without such a bias: in the paper's protocol, for CZSL, and where it gains nothing.
         """
         return (self.picked.get("gzsl") or {}).get("unseen_share")
 

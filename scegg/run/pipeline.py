@@ -1,5 +1,6 @@
 """The stages of a run, one after the other, on one split (docs/method.md, sections 4 to 6)."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 
@@ -280,8 +281,8 @@ class Pipeline:
 
         with self.checkpoint.timed(f"{phase}evaluate"):
             if self.evaluation is None:
-                share = self.selection.choice.get("gzsl", {}).get("unseen_share")
-                self.evaluation = Evaluation(self.eggn, self.embeddings, self.unseen, config, share)
+                inputs = self.eggn, self.embeddings, self.unseen, config
+                self.evaluation = Evaluation(*inputs, self.selection.choice.get("gzsl"))
             scores = self.evaluation.scores(self.embeddings)
             values = self.selection.update(epoch, scores)
             decoder = self.eggn.Dec if config.use_decoder else None
@@ -328,6 +329,7 @@ def run_validation(
 
     checkpoint.begin("validation ")
     split = validation_split(features.split, config.val_share, config.seed, features.path)
+    config = with_equal_steps(config, split, features.split)
     validation = Pipeline(features, split, config, device, storage, checkpoint, log_validation)
     validation.run()
 
@@ -335,3 +337,20 @@ def run_validation(
     checkpoint.notes["choice"] = validation.selection.pick()
     checkpoint.notes["validation_winners"] = validation.winners.kept["picked"]
     checkpoint.notes["validation"] = {f"val_{name}": value for name, value in best.items()}
+
+
+def with_equal_steps(config: Config, part: Split, whole: Split) -> Config:
+    """The config with which softmax classifiers take as many steps on `part` as on the whole.
+
+    The more steps they take, the more images they send to seen classes. So a bias for fewer steps
+    would not fit the run on the whole.
+    """
+
+    def learnt_from(split: Split, unseen: int) -> int:
+        real = len(split.trainval) if config.gzsl else 0
+        return real + config.syn_num * unseen
+
+    # the whole's unseen classes are counted without a look at the labels of test images
+    all_images = learnt_from(whole, len(whole.att) - len(whole.seen))
+    epochs = config.classifier_epochs * all_images / learnt_from(part, len(part.unseen))
+    return dataclasses.replace(config, classifier_epochs=round(epochs))

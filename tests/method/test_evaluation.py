@@ -12,8 +12,9 @@ from sklearn.metrics import balanced_accuracy_score
 from helpers import SUN_CONFIG
 from scegg.config import read_config
 from scegg.method.calibration import (
+    GAIN,
     LAST,
-    TOLERANCE,
+    STEPS,
     ShareChoice,
     area_under,
     calibrated,
@@ -135,7 +136,7 @@ def test_a_classifier_that_is_done_with_leaves_its_memory_at_once():
         gc.enable()
 
 
-def small_evaluation(unseen_share=None, **changes):
+def small_evaluation(chosen=None, **changes):
     """The test images as classifier inputs, by split, the unseen labels, and Scores of an EGGN."""
     torch.manual_seed(0)
     small = {"ngh": 8, "ndh": 8, "syn_num": 7, "classifier_epochs": 6, "classifier_lr": 0.05}
@@ -147,7 +148,7 @@ def small_evaluation(unseen_share=None, **changes):
         "test_seen": Embedding(torch.rand(80, 5), None, seen.repeat(20)),
         "test_unseen": Embedding(torch.rand(50, 5), None, unseen.repeat(25)),
     }
-    scores = Evaluation(eggn, embeddings, unseen, config, unseen_share).scores(embeddings)
+    scores = Evaluation(eggn, embeddings, unseen, config, chosen).scores(embeddings)
     inputs = {name: eggn.classifier_input(split.x) for name, split in embeddings.items()}
     return {name: (inputs[name], embeddings[name].y) for name in inputs}, unseen, scores
 
@@ -177,14 +178,14 @@ def test_the_classifiers_that_are_reported_are_kept():
     assert torch.equal(scores.kept["last"]["gzsl"]["weight"], scores.linear.weight)
 
 
-@pytest.mark.parametrize("unseen_share", [None, 0.35])
-def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(unseen_share):
-    tests, unseen, scores = small_evaluation(unseen_share, protocol="validated")
+@pytest.mark.parametrize("chosen", [None, {"unseen_share": 0.35}])
+def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(chosen):
+    tests, unseen, scores = small_evaluation(chosen, protocol="validated")
     _, _, papers = small_evaluation()
     assert torch.equal(scores.gzsl, papers.gzsl)  # the classifiers are the same ones
 
     metrics, share = scores.validated
-    assert scores.reported() == metrics and (unseen_share is None or share == unseen_share)
+    assert scores.reported() == metrics and (not chosen or share == chosen["unseen_share"])
     acc_zs, gzsl = accuracies_of(scores.kept["picked"], tests, unseen)
     assert metrics[:3] == tuple(100 * float(value) for value in (acc_zs, *gzsl))
     assert acc_zs == scores.czsl[-1]
@@ -200,7 +201,7 @@ def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(unseen_shar
     assert sent == pytest.approx(share, abs=1 / len(own))
 
 
-def test_the_share_that_is_chosen_is_the_smallest_with_a_high_mean_h():
+def test_the_share_that_is_chosen_has_the_best_mean_h_of_the_last_epochs():
     """Against classifiers that are calibrated, and asked for their predictions, one by one."""
     torch.manual_seed(1)
     is_seen = torch.tensor([True, True, False, True, False])
@@ -225,12 +226,23 @@ def test_the_share_that_is_chosen_is_the_smallest_with_a_high_mean_h():
             found.append(harmonic_mean(*accuracies).item())
         return np.mean(found)
 
-    expected = np.array([mean_h(share) for share in choice.candidates.tolist()])
-    high = expected >= expected.max() - TOLERANCE
-    assert choice.best() == choice.candidates[int(np.argmax(high))].item()
-    assert high.sum() > 1 and torch.stack(list(choice.found)).mean(dim=0).tolist() == pytest.approx(
-        expected, abs=1e-6
-    )
+    expected = [mean_h(share) for share in [None, *choice.candidates.tolist()]]
+    assert torch.stack(list(choice.found)).mean(dim=0).tolist() == pytest.approx(expected, abs=1e-6)
+    assert choice.best() == choice.candidates[int(np.argmax(expected[1:]))].item()
+
+
+def test_a_bias_that_gains_nothing_is_left_out():
+    choice = ShareChoice(torch.tensor([1]), torch.tensor([0]), torch.tensor([True, False]))
+    for gain, share in ((GAIN / 2, None), (GAIN * 2, 0.3)):
+        choice.found.clear()
+        H = torch.full((STEPS + 1,), 0.2)
+        H[0], H[31] = 0.5, 0.5 + gain
+        choice.found.append(H)
+        assert choice.best() == (share and pytest.approx(share))
+
+    _, _, scores = small_evaluation({"unseen_share": None}, protocol="validated")
+    picked, last = scores.kept["picked"]["gzsl"], scores.kept["last"]["gzsl"]
+    assert torch.equal(picked["bias"], last["bias"]) and scores.validated.unseen_share is None
 
 
 def test_no_gzsl_classifier_is_kept_where_there_is_none():
