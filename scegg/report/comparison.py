@@ -141,6 +141,10 @@ def record(groups: list[Group], folder: Path):
             words.append(group.protocol)
         if not data.is_benchmark:
             words += [data.backbone, data.split]
+        if data.dtype != "float32":
+            words.append(data.dtype)
+        if data.gaussian_words:
+            words.append("gaussian words")
 
         method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")[:200]
         for run in group.runs:

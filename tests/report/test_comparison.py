@@ -360,10 +360,12 @@ def test_records_give_the_same_table_again(tmp_path, capsys):
     write_run(runs, "d", seed=1, protocol="validated")
     write_run(runs, "e", seed=1, backbone="efficientnet_lite2", **small)
     write_run(runs, "f", seed=1, method="TF-VAEGAN (CNN features)")
+    write_run(runs, "g", seed=1, dtype="float16", w2v="gaussian", **small)
 
     first, _ = printed_table(capsys, runs, "--record", str(records), format="text")
     assert sorted(path.name for path in records.iterdir()) == [
         "cub_sc-egg-efficientnet-lite2-9a9b50b5b76c_seed1.json",
+        "cub_sc-egg-resnet101-9a9b50b5b76c-float16-gaussian-words_seed1.json",
         "cub_sc-egg-syn-num-200_seed1.json",
         "cub_sc-egg-syn-num-300_seed1.json",
         "cub_sc-egg-syn-num-300_seed2.json",
