@@ -16,6 +16,8 @@ from scegg.datasets.splits import LOCATIONS, Split, check_split
 from scegg.processes import require_survivable
 from util import UserError, is_of_disk, text_encoding, unreadable
 
+SPLIT_KEYS = (*LOCATIONS, "att", "original_att", "allclasses_names")  # of att_splits.mat
+VALIDATION_KEYS = ("train_loc", "val_loc")  # it may lack these
 PATIENCE = 120  # seconds that reading a .mat file may take
 PADDING = " \t\0\x1a"  # of a line of a text; the last ended files of DOS
 
@@ -75,10 +77,17 @@ def read_split(data_root: Path, dataset: str, labels: np.ndarray) -> tuple[Split
 
     labels: (N,), 0-based. Raises UserError for a file that is missing or cannot be true.
     """
-    path = data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
-    keys = (*LOCATIONS, "att", "original_att", "allclasses_names")
-    mat = read_mat(path, keys, optional=("train_loc", "val_loc"))
+    path = split_file(data_root, dataset)
+    return split_of(read_mat(path, SPLIT_KEYS, VALIDATION_KEYS), labels, path)
 
+
+def split_file(data_root: Path, dataset: str) -> Path:
+    """Where att_splits.mat lies."""
+    return data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
+
+
+def split_of(mat: dict, labels: np.ndarray, path: Path) -> tuple[Split, list[str]]:
+    """The same of the file's arrays. Raises UserError for what cannot be true."""
     trainval, test_seen, test_unseen = (
         index_vector(mat[key], f"{path}: {key}") for key in LOCATIONS
     )

@@ -92,7 +92,9 @@ def are_seconds(value) -> bool:
 def is_choice(value) -> bool:
     """Whether it is what was chosen for CZSL and, if it is evaluated, GZSL."""
     is_dict = isinstance(value, dict) and {"czsl"} <= set(value) <= {"czsl", "gzsl"}
-    return is_dict and all(
+    if not is_dict or "gzsl" in value and "unseen_share" not in value["gzsl"]:
+        return False
+    return all(
         is_count(chosen["epoch"]) and is_share(chosen.get("unseen_share"))
         for chosen in value.values()
     )

@@ -14,8 +14,7 @@ import torch
 
 from scegg.config import Config, default_config, parse_flags, read_config
 from scegg.datasets.layouts import LAYOUTS, add_layout_flag, find_layout
-from scegg.datasets.splits import LOCATIONS
-from scegg.datasets.xlsa17 import read_mat, read_split
+from scegg.datasets.xlsa17 import SPLIT_KEYS, VALIDATION_KEYS, read_mat, split_file, split_of
 from scegg.features.feature_file import feature_file
 from scegg.features.ranks import require_one_process
 from scegg.features.reader import Features, open_features
@@ -265,13 +264,13 @@ def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
 
     So it does for a split that cannot be read.
     """
-    path = data_root / "xlsa17" / "data" / dataset / "att_splits.mat"
+    path = split_file(data_root, dataset)
     if not path.is_file():
         return
 
-    read_mat(path, LOCATIONS)  # what is wrong with the file itself is told here
+    content = read_mat(path, SPLIT_KEYS, VALIDATION_KEYS)
     try:
-        split, _ = read_split(data_root, dataset, features.split.labels)
+        split, _ = split_of(content, features.split.labels, path)
         fingerprint = split.fingerprint
     except UserError:  # labels of one dataset, locations of another
         fingerprint = "of other images"

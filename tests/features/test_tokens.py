@@ -177,7 +177,9 @@ def test_offline_the_file_to_fetch_is_named(timm, monkeypatch):
         build_backbone("timm/vit_tiny_patch16_224.augreg_in21k", None, 32)
 
 
-def test_offline_the_hub_does_not_try_for_a_minute(timm, tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def unreachable_hub(timm, tmp_path, monkeypatch):
+    """The settings of the hub's client, whose host does not answer and whose cache is tmp_path."""
     from huggingface_hub import constants
 
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
@@ -185,25 +187,20 @@ def test_offline_the_hub_does_not_try_for_a_minute(timm, tmp_path, monkeypatch, 
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return constants
 
+
+def test_offline_the_hub_does_not_try_for_a_minute(unreachable_hub, capfd):
     began = time.monotonic()
     message = r"could not be downloaded \(.*refused\): download http://127.0.0.1:9/timm/convnext"
     with pytest.raises(UserError, match=message):
         build_backbone("timm/convnext_atto", None, 64)
-    assert time.monotonic() - began < 10 and constants.HF_HUB_OFFLINE is False
+    assert time.monotonic() - began < 10 and unreachable_hub.HF_HUB_OFFLINE is False
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no</html>"])
-def test_a_damaged_file_in_the_hubs_cache_is_named(timm, tmp_path, monkeypatch, content):
-    from huggingface_hub import constants
-
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-
+def test_a_damaged_file_in_the_hubs_cache_is_named(unreachable_hub, tmp_path, content):
     kept = tmp_path / "models--timm--convnext_atto.d2_in1k"
     for folder in ("refs", "blobs", "snapshots/1"):
         (kept / folder).mkdir(parents=True)

@@ -85,6 +85,7 @@ MANGLED = [
     ("notes, local, acc_zs", "good"),
     ("notes, choice", {"czsl": 3}),
     ("notes, choice", {"czsl": {"epoch": 1, "unseen_share": 2}}),
+    ("notes, choice", {"czsl": {"epoch": 1}, "gzsl": {"epoch": 1}}),
     ("notes, validation", [1]),
     ("notes, validation_winners", {"czsl": {}}),
     ("notes, ausuc", "large"),
