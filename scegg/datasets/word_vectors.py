@@ -29,6 +29,7 @@ REPLACED_WHERE_MISSING = {
     "oldworld": "old world",
     "nestspot": "nest spot",
 }
+MODELS = (".bin", ".txt", ".vec")  # word2vec; word2vec or GloVe as text; fastText as text
 GAUSSIAN_LENGTH = 300
 LONGEST = 10_000  # numbers of a vector, bytes of a word
 
@@ -97,15 +98,15 @@ def find_vectors(folder: Path, dataset: str | None, models: bool = True) -> Path
         candidates += [folder / f"{dataset}_attribute{suffix}" for suffix in (".pkl", ".npy")]
     if models:
         # macOS puts a hidden file ._x beside x on disks of other systems
-        candidates += sorted([*folder.glob("[!.]*.bin"), *folder.glob("[!.]*.txt")])
+        candidates += sorted(path for path in folder.glob("[!.]*") if path.suffix in MODELS)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def read_vectors(path: Path, names: list[str] | None) -> np.ndarray:
     """Word vectors (K, d) float32 of one file, chosen by its suffix.
 
-    A .pkl or .npy file holds the table itself. A .bin (word2vec) or .txt file (word2vec, GloVe)
-    holds words: then the vectors of each attribute's words are summed, which needs the names.
+    A .pkl or .npy file holds the table itself. One of MODELS holds words: then the vectors of each
+    attribute's words are summed, which needs the names.
     Raises UserError for anything else than a finite table, for missing words, and for a file that
     is written to meanwhile.
     """
@@ -133,8 +134,8 @@ def read_by_suffix(path: Path, names: list[str] | None) -> np.ndarray:
         return read_pickle(path)
     if path.suffix == ".npy":
         return np.load(path, allow_pickle=False)
-    if path.suffix not in (".bin", ".txt"):
-        raise UserError(f"--w2v {path}: expected .pkl, .npy, .bin or .txt")
+    if path.suffix not in MODELS:
+        raise UserError(f"--w2v {path}: expected .pkl, .npy, {', '.join(MODELS)}")
     if names is None:
         raise UserError(
             f"{path} holds words, but there is no file of attribute names to look up in it"
@@ -270,7 +271,7 @@ def joinings(word: str) -> list[str]:
 
 
 def read_model(path: Path, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (word, vector) for the wanted words of a .bin or .txt model."""
+    """Yield (word, vector) for the wanted words of a model, chosen by its suffix."""
     return word2vec_binary(path, wanted) if path.suffix == ".bin" else vector_text(path, wanted)
 
 
@@ -305,7 +306,7 @@ def read_word(file, path: Path) -> str:
 
 
 def vector_text(path: Path, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (word, float64 vector) for the wanted words of a .txt file.
+    """Yield (word, float64 vector) for the wanted words of a model as text.
 
     A word2vec file begins with a line "words length"; a GloVe file begins with its first word.
     Raises UserError for a line with too few numbers.

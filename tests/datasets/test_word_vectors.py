@@ -125,8 +125,9 @@ def test_word2vec_and_glove_files_give_the_same_sums(tmp_path):
     lines = [f"{word} {' '.join(map(str, vector))}" for word, vector in WORDS.items()]
     (tmp_path / "w2v.txt").write_text("\n".join([f"{len(WORDS)} 3", *lines]))
     (tmp_path / "glove.txt").write_text("\n".join(lines))
+    (tmp_path / "fasttext.vec").write_text("\n".join([f"{len(WORDS)} 3", *lines]))
     write_bin(tmp_path / "w2v.bin")
-    for name in ("w2v.bin", "w2v.txt", "glove.txt"):
+    for name in ("w2v.bin", "w2v.txt", "glove.txt", "fasttext.vec"):
         np.testing.assert_array_equal(read_vectors(tmp_path / name, NAMES), SUMS)
 
 
