@@ -21,11 +21,12 @@ from scegg.report.summaries import (
     FinishedRun,
     MeasuredOn,
     canonical,
+    gather,
     warn,
 )
 from scegg.report.table import METRICS, Block, Cell, Column, Row, Table
 from scegg.run.summary import PUBLISHED
-from util import write_text
+from util import UserError, write_text
 
 PUBLISHED_LATER = PUBLISHED.with_name("published_since_2022.csv")
 METHODS_WITH_SCEN = ("SC-EGG", "SCEN alone")  # methods whose SCEN is the paper's
@@ -132,8 +133,10 @@ def labelled(method: str, differs: list[str]) -> str:
 def record(groups: list[Group], folder: Path):
     """Copy the summaries of the groups into a folder, under names that say what they are of.
 
-    The names are <dataset>_<method and what sets its group apart>_seed<seed>.json.
+    The names are <dataset>_<method and what sets its group apart>_seed<seed>.json. Raises
+    UserError, before it writes any, if one of them names a record of other settings.
     """
+    texts = {}
     for group in groups:
         data = group.measured_on
         words = [group.label]
@@ -148,8 +151,22 @@ def record(groups: list[Group], folder: Path):
 
         method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")[:200]
         for run in group.runs:
-            name = f"{data.dataset.lower()}_{method}_seed{run.summary['seed']}.json"
-            write_text(folder / name, run.text)
+            path = folder / f"{data.dataset.lower()}_{method}_seed{run.summary['seed']}.json"
+            refuse_other_settings(path, run)
+            texts[path] = run.text
+
+    for path, text in texts.items():
+        write_text(path, text)
+
+
+def refuse_other_settings(path: Path, run: FinishedRun):
+    """Raises UserError if `path` holds the record of a run with another config."""
+    others, _ = gather([path] if path.exists() else [])
+    if any(other.config != run.config for other in others):
+        raise UserError(
+            f"{path} is the record of a run with other settings: give --record another folder, or "
+            "name both runs in one command, which then names their records by what differs"
+        )
 
 
 # ---- rows and blocks of the table

@@ -376,6 +376,24 @@ def test_records_give_the_same_table_again(tmp_path, capsys):
     assert printed_table(capsys, runs, str(records), format="text") == (first, "")
 
 
+def test_a_record_of_other_settings_is_never_replaced(tmp_path, capsys):
+    """Recorded one by one, runs of two image sizes have one name; together they have two."""
+    records, large = str(tmp_path / "records"), tmp_path / "large"
+    write_run(tmp_path / "small", config={"seed": 1, "img_size": 224})
+    write_run(large, config={"seed": 1, "img_size": 448})
+    printed_table(capsys, tmp_path / "small", "--record", records, format="text")
+    kept = (tmp_path / "records" / "cub_sc-egg_seed1.json").read_text()
+
+    with pytest.raises(UserError, match="cub_sc-egg_seed1.json is the record of .* other settings"):
+        results.main([str(large), "--record", records])
+    assert (tmp_path / "records" / "cub_sc-egg_seed1.json").read_text() == kept
+
+    both = [str(tmp_path / "small"), str(large), "--record", records]
+    results.main(both)
+    results.main(both)
+    assert len(list((tmp_path / "records").iterdir())) == 3
+
+
 # ---- the command
 
 
