@@ -14,26 +14,26 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
+from scegg.method.by_class import class_weights, is_clear_gain
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
 
 STEPS = 100  # shares are tried in steps of 1 %
 LAST = 5  # epochs of the classifier that count; the first ones send nearly all to unseen classes
-GAIN = 0.01  # of H, a fraction: a bias that does not gain more is left out
 
 
 class ShareChoice:
     """Finds the share with the best H: on the mean of a softmax classifier's last epochs.
 
-    One epoch alone would leave it to chance: a few held-out classes make H jump. For the same
-    reason a bias must gain something worth the name.
+    One epoch alone would leave it to chance.
     unseen_y, seen_y: labels of the held-out images; is_seen (C,) tells the seen classes.
     """
 
     def __init__(self, unseen_y: Tensor, seen_y: Tensor, is_seen: Tensor):
         self.unseen_y, self.seen_y, self.is_seen = unseen_y, seen_y, is_seen
         self.candidates = torch.arange(STEPS, device=is_seen.device, dtype=torch.float64) / STEPS
-        self.found = deque(maxlen=LAST)  # of each epoch: H without a bias and at every share
+        # of each epoch: accuracies by class (1 + STEPS, C), without a bias and at every share
+        self.found = deque(maxlen=LAST)
 
     def look(self, trainval: Tensor, unseen: Tensor, seen: Tensor):
         """Take a classifier's logits (n, C) after an epoch.
@@ -45,15 +45,21 @@ class ShareChoice:
         # an image is called unseen where its margin is below the bias
         called_unseen = (margins(unseen, self.is_seen) < biases).double()
         called_seen = (margins(seen, self.is_seen) >= biases).double()
-        U = called_unseen @ shares(unseen, self.unseen_y, ~self.is_seen)
-        S = called_seen @ shares(seen, self.seen_y, self.is_seen)
-        self.found.append(2 * U * S / (U + S).clamp(min=1e-9))
+        right_unseen = is_right(unseen, self.unseen_y, ~self.is_seen)[:, None]
+        right_seen = is_right(seen, self.seen_y, self.is_seen)[:, None]
+        unseen_accuracies = called_unseen @ (right_unseen * class_weights(self.unseen_y))
+        seen_accuracies = called_seen @ (right_seen * class_weights(self.seen_y))
+        self.found.append((unseen_accuracies, seen_accuracies))
 
     def best(self) -> float | None:
-        """The share with the best mean H; None where it gains no more than GAIN over no bias."""
-        none, *shares = torch.stack(list(self.found)).mean(dim=0).tolist()
-        best = max(shares)
-        return self.candidates[shares.index(best)].item() if best - none > GAIN else None
+        """The share with the best mean H; None where it is no clear gain over no bias."""
+        unseen, seen = (torch.stack(found).mean(0) for found in zip(*self.found, strict=True))
+        U, S = unseen.mean(dim=1), seen.mean(dim=1)
+        H = 2 * U * S / (U + S).clamp(min=1e-9)
+        best = 1 + int(H[1:].argmax())
+        if not is_clear_gain([unseen[best], seen[best]], [unseen[0], seen[0]]):
+            return None
+        return self.candidates[best - 1].item()
 
 
 @torch.no_grad()
@@ -83,14 +89,17 @@ def margins(logits: Tensor, is_seen: Tensor) -> Tensor:
     return (best_seen - best_unseen).double()
 
 
+def is_right(logits: Tensor, y: Tensor, group: Tensor) -> Tensor:
+    """Whether the best class of `group` (C,) is each image's own (n,), of logits (n, C)."""
+    return logits.masked_fill(~group, -torch.inf).argmax(dim=1) == y
+
+
 def shares(logits: Tensor, y: Tensor, group: Tensor) -> Tensor:
     """What each image (n,) adds to the accuracy if its best class of `group` (C,) is right, else 0.
 
     That is 1 / (images of its class x classes).
     """
-    counts = torch.bincount(y, minlength=logits.shape[1])
-    hit = logits.masked_fill(~group, -torch.inf).argmax(dim=1) == y
-    return hit.double() / counts[y] / (counts > 0).sum()
+    return is_right(logits, y, group) * class_weights(y).mean(dim=1)
 
 
 # ---- the seen-unseen curve

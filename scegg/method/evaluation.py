@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scegg.config import Config
+from scegg.method.by_class import ByClass, accuracy_by_class
 from scegg.method.calibration import ShareChoice, calibrated, seen_columns
 from scegg.method.eggn import EGGN
 from scegg.method.embeddings import Embedding
@@ -78,6 +79,7 @@ class Validated(NamedTuple):
 
     metrics: Metrics
     unseen_share: float | None  # None without such a bias, and where CZSL alone is evaluated
+    by_class: dict[str, ByClass]  # of "czsl" and, if it was evaluated, "gzsl"
 
 
 class Scores(NamedTuple):
@@ -268,14 +270,23 @@ class Evaluation:
     ) -> Scores:
         """The scores with what protocol validated reports: last classifiers, GZSL's calibrated."""
         share, gzsl, kept = None, None, dict(scores.kept, picked=dict(scores.kept["last"]))
+        real, y = tests["test_unseen"]
+        predicted = self.unseen[self.czsl.linear(real).argmax(dim=1)]
+        by_class = {"czsl": [accuracy_by_class(y, predicted)]}
+
         if scores.gzsl is not None:
             share = choice.best() if choice else self.chosen["unseen_share"]
             weights = calibrated(scores.linear, self.x[: self.real], self.is_seen, share)
             kept["picked"]["gzsl"] = weights
-            gzsl = self.score_gzsl(tests)(partial(nn.functional.linear, **weights))
+            linear = partial(nn.functional.linear, **weights)
+            gzsl = self.score_gzsl(tests)(linear)
+            by_class["gzsl"] = [
+                accuracy_by_class(tests[name][1], linear(tests[name][0]).argmax(dim=1))
+                for name in ("test_unseen", "test_seen")
+            ]
 
         metrics = in_percent(scores.czsl[-1], gzsl)
-        return scores._replace(kept=kept, validated=Validated(metrics, share))
+        return scores._replace(kept=kept, validated=Validated(metrics, share, by_class))
 
     def fill(self, trainval_x: Tensor):
         """The classifiers' inputs, by EGGN as it is now."""

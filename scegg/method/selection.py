@@ -3,11 +3,13 @@
 paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as in the
 paper.
 validated: the epoch, and how far the softmax classifier is calibrated, are chosen on classes held
-out of trainval, in a run of their own. The classifiers are those after their last epoch. Then all
-of trainval is trained on, and the test set measures what was chosen before: it chooses nothing.
+out of trainval, in a run of their own. A choice must be a clear gain there over none: the last
+epoch without a bias. The classifiers are those after their last epoch. Then all of trainval is
+trained on, and the test set measures what was chosen before: it chooses nothing.
 """
 
 from scegg.config import Config
+from scegg.method.by_class import is_clear_gain
 from scegg.method.evaluation import Metrics, Scores
 from util import without_none
 
@@ -22,40 +24,46 @@ class Selection:
     paper's protocol and held-out ones in validation.
     """
 
-    def __init__(self, gzsl: bool, choice: dict | None = None):
-        self.choice = choice or {}
+    def __init__(self, config: Config, choice: dict | None = None):
+        self.config, self.choice = config, choice or {}
         self.picked = {"czsl": None}
-        if gzsl:
+        if config.gzsl:
             self.picked["gzsl"] = None
         self.last = None  # the last epoch's metrics, as the protocol reports them
         self.unselected = None  # the same after the last classifier epoch: nothing was picked
 
-    def wants(self, epoch: int, config: Config) -> bool:
+    def wants(self, epoch: int) -> bool:
         """Whether to evaluate after this epoch."""
-        if epoch == config.nepoch:
+        if epoch == self.config.nepoch:
             return True
         if self.choice:
             return epoch in (chosen["epoch"] for chosen in self.choice.values())
-        return epoch % config.test_freq_epoch == 0
+        return epoch % self.config.test_freq_epoch == 0
 
     def update(self, epoch: int, scores: Scores) -> dict:
         """Take an evaluation; returns what is logged of it."""
         self.last, self.unselected = scores.reported()._asdict(), scores.metrics()._asdict()
         for kind in self.picked:
-            if self.is_picked(kind, epoch):
+            if self.is_picked(kind, epoch, scores):
                 self.picked[kind] = {"epoch": epoch, "metrics": self.last}
+                if scores.validated:
+                    self.picked[kind]["by_class"] = scores.validated.by_class[kind]
                 if scores.validated and kind == "gzsl":
                     self.picked[kind]["unseen_share"] = scores.validated.unseen_share
 
         logged = {"epoch": epoch} | without_none(self.last)
         return logged if self.choice else logged | self.best()
 
-    def is_picked(self, kind: str, epoch: int) -> bool:
+    def is_picked(self, kind: str, epoch: int, scores: Scores) -> bool:
         """Whether the last evaluation, of this epoch, is the one to report."""
         if self.choice:
             return epoch == self.choice[kind]["epoch"]
         before, target = self.picked[kind], TARGETS[kind]
-        return before is None or self.last[target] > before["metrics"][target]
+        if before is None or self.last[target] > before["metrics"][target]:
+            return True
+        if scores.validated and epoch == self.config.nepoch:
+            return not is_clear_gain(before["by_class"], scores.validated.by_class[kind])
+        return False
 
     def metrics(self) -> Metrics:
         """What was picked: acc_zs of CZSL's epoch; U, S and H of GZSL's."""
@@ -88,7 +96,7 @@ class Selection:
     def pick(self) -> dict:
         """The choice for the run on all of trainval."""
         return {
-            kind: {name: value for name, value in entry.items() if name != "metrics"}
+            kind: {name: entry[name] for name in ("epoch", "unseen_share") if name in entry}
             for kind, entry in self.picked.items()
             if entry
         }

@@ -132,7 +132,15 @@ def is_selection(value: dict) -> bool:
         or is_count(entry["epoch"])
         and is_share(entry.get("unseen_share"))
         and is_metrics(entry["metrics"])
+        and is_by_class(entry.get("by_class", []))
         for entry in picked.values()
+    )
+
+
+def is_by_class(value) -> bool:
+    """Whether it is accuracies by class: of unseen and of seen ones, or none at all."""
+    return isinstance(value, list) and all(
+        isinstance(accuracies, Tensor) and accuracies.ndim == 1 for accuracies in value
     )
 
 

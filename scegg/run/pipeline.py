@@ -70,7 +70,7 @@ class Pipeline:
 
         self.make_networks()
         self.embeddings = Embeddings(device)
-        self.selection = Selection(config.gzsl, choice)
+        self.selection = Selection(config, choice)
         self.evaluation = None  # made by the first one
         self.winners = Winners()
         checkpoint.track(
@@ -266,7 +266,7 @@ class Pipeline:
     def end_epoch(self, epoch: int, losses: dict):
         """Log an epoch's mean losses, with its metrics if it is one to evaluate."""
         values = {"epoch": epoch} | losses
-        if self.selection.wants(epoch, self.config):
+        if self.selection.wants(epoch):
             values |= self.evaluate(epoch)
         self.log("eggn", values)
 

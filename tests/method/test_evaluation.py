@@ -11,8 +11,8 @@ from sklearn.metrics import balanced_accuracy_score
 
 from helpers import SUN_CONFIG
 from scegg.config import read_config
+from scegg.method.by_class import is_clear_gain
 from scegg.method.calibration import (
-    GAIN,
     LAST,
     STEPS,
     ShareChoice,
@@ -184,10 +184,12 @@ def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(chosen):
     _, _, papers = small_evaluation()
     assert torch.equal(scores.gzsl, papers.gzsl)  # the classifiers are the same ones
 
-    metrics, share = scores.validated
+    metrics, share, by_class = scores.validated
     assert scores.reported() == metrics and (not chosen or share == chosen["unseen_share"])
     acc_zs, gzsl = accuracies_of(scores.kept["picked"], tests, unseen)
     assert metrics[:3] == tuple(100 * float(value) for value in (acc_zs, *gzsl))
+    means = [100 * group.mean().item() for kind in ("czsl", "gzsl") for group in by_class[kind]]
+    assert metrics[:3] == pytest.approx(means, abs=1e-4)
     assert acc_zs == scores.czsl[-1]
 
     is_seen = torch.tensor([True, False, True, True, False, True])
@@ -201,11 +203,13 @@ def test_validated_reports_the_last_classifiers_and_calibrates_gzsls(chosen):
     assert sent == pytest.approx(share, abs=1 / len(own))
 
 
-def test_the_share_that_is_chosen_has_the_best_mean_h_of_the_last_epochs():
+def test_the_share_that_is_chosen_has_the_best_h_in_the_last_epochs():
     """Against classifiers that are calibrated, and asked for their predictions, one by one."""
     torch.manual_seed(1)
     is_seen = torch.tensor([True, True, False, True, False])
     real, linears = torch.randn(60, 4), [torch.nn.Linear(4, 5) for _ in range(LAST + 2)]
+    for linear in linears:
+        linear.bias.data += 3 * is_seen  # too few images are called unseen: a bias is a clear gain
     tests = {
         "test_unseen": (torch.randn(70, 4), torch.tensor([2, 4]).repeat(35)),
         "test_seen": (torch.randn(90, 4), torch.tensor([0, 1, 3]).repeat(30)),
@@ -215,29 +219,61 @@ def test_the_share_that_is_chosen_has_the_best_mean_h_of_the_last_epochs():
         for linear in linears:
             choice.look(linear(real), *(linear(x) for x, _ in tests.values()))
 
-    def mean_h(share):
+    def h_of_means(share):
         found = []
         for linear in linears[-LAST:]:
             weights = calibrated(linear, real, is_seen, share)
-            accuracies = [
-                per_class_accuracy(y, torch.nn.functional.linear(x, **weights).argmax(dim=1), 5)
-                for x, y in tests.values()
-            ]
-            found.append(harmonic_mean(*accuracies).item())
-        return np.mean(found)
+            found.append(
+                [
+                    per_class_accuracy(y, torch.nn.functional.linear(x, **weights).argmax(dim=1), 5)
+                    for x, y in tests.values()
+                ]
+            )
+        return harmonic_mean(*torch.tensor(found).mean(dim=0)).item()
 
-    expected = [mean_h(share) for share in [None, *choice.candidates.tolist()]]
-    assert torch.stack(list(choice.found)).mean(dim=0).tolist() == pytest.approx(expected, abs=1e-6)
+    expected = [h_of_means(share) for share in [None, *choice.candidates.tolist()]]
+    means = [torch.stack(found).mean(dim=(0, 2)) for found in zip(*choice.found, strict=True)]
+    assert harmonic_mean(*means).tolist() == pytest.approx(expected, abs=1e-6)
     assert choice.best() == choice.candidates[int(np.argmax(expected[1:]))].item()
 
 
-def test_a_bias_that_gains_nothing_is_left_out():
-    choice = ShareChoice(torch.tensor([1]), torch.tensor([0]), torch.tensor([True, False]))
-    for gain, share in ((GAIN / 2, None), (GAIN * 2, 0.3)):
+def test_a_clear_gain_lies_beyond_two_standard_errors_over_classes():
+    """H's standard error is about that of classes drawn anew (the bootstrap)."""
+    rng = np.random.default_rng(5)
+    old = [torch.tensor(rng.uniform(0.2, 0.8, n)) for n in (200, 400)]
+    noise = [torch.tensor(rng.normal(0, 0.1, len(group))) for group in old]
+
+    def h(groups, draws=(slice(None),) * 2):
+        return harmonic_mean(
+            *(group[draw].mean() for group, draw in zip(groups, draws, strict=True))
+        ).item()
+
+    def moved(by):
+        return [group + by + error - error.mean() for group, error in zip(old, noise, strict=True)]
+
+    drawn = []
+    for _ in range(2000):
+        draws = [torch.tensor(rng.integers(0, len(group), len(group))) for group in old]
+        drawn.append(h(moved(0), draws) - h(old, draws))
+    error = np.std(drawn)
+    assert not is_clear_gain(moved(1.8 * error), old) and is_clear_gain(moved(2.2 * error), old)
+    assert not is_clear_gain(old, moved(2.2 * error)) and not is_clear_gain(old, old)
+
+    one_group = [group[:1] for group in (moved(2.2 * error), old)]
+    assert is_clear_gain([old[0] + 0.1], old[:1]) and not is_clear_gain(old[:1], old[:1])
+    assert not is_clear_gain(*one_group)  # one class each tells nothing
+
+
+def test_a_bias_that_gains_nothing_clear_is_left_out():
+    classes = torch.arange(8)
+    choice = ShareChoice(classes[:4], classes[4:], classes >= 4)
+    none = torch.tensor([0.2, 0.4, 0.6, 0.8]).double()
+    for gain, share in ((0.03, None), (0.1, 0.3)):
+        found = none.repeat(STEPS + 1, 1)
+        found[1:] -= 0.1
+        found[31] = none + gain + torch.tensor([0.1, -0.1, 0.1, -0.1])
         choice.found.clear()
-        H = torch.full((STEPS + 1,), 0.2)
-        H[0], H[31] = 0.5, 0.5 + gain
-        choice.found.append(H)
+        choice.found.append((found, found))
         assert choice.best() == (share and pytest.approx(share))
 
     _, _, scores = small_evaluation({"unseen_share": None}, protocol="validated")

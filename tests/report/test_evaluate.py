@@ -84,7 +84,7 @@ def test_the_epoch_that_is_named_is_gzsls_wherever_it_was_picked(monkeypatch):
     """With protocol validated it can come before CZSL's, and then it is kept first."""
     epochs = [(1, "gzsl"), (3, "czsl")]
     choice = {kind: {"epoch": epoch} for epoch, kind in epochs}
-    selection, winners = Selection(True, choice), Winners()
+    selection, winners = Selection(SimpleNamespace(gzsl=True), choice), Winners()
     of_kinds = {"czsl": {}, "gzsl": {}}
     scores = Scores(torch.ones(1), torch.ones(1, 2), None, {"picked": of_kinds, "last": of_kinds})
     for epoch, _ in epochs:
