@@ -16,6 +16,8 @@ def is_clear_gain(chosen: ByClass, default: ByClass) -> bool:
 
     The errors are those of a mean over classes, paired, with H linearised (the delta method): as if
     the held-out classes had been drawn from many. One class alone tells nothing: False.
+
+    Source of the delta method: Casella, Berger, Statistical Inference, 2002, section 5.5.4.
     """
     pairs = zip(contributions(chosen), contributions(default), strict=True)
     gains = [(new - old).double() for new, old in pairs]
@@ -36,8 +38,11 @@ def contributions(accuracies: ByClass) -> ByClass:
 
 
 def accuracy_by_class(target: Tensor, predicted: Tensor) -> Tensor:
-    """Top-1 accuracy of each class that occurs in `target`: labels (n,) to fractions."""
-    return (target == predicted).double() @ class_weights(target)
+    """Top-1 accuracy of each class that occurs in `target`: labels (n,) to fractions, on the host.
+
+    On the host, as checkpoints are read there.
+    """
+    return ((target == predicted).double() @ class_weights(target)).cpu()
 
 
 def class_weights(y: Tensor) -> Tensor:
