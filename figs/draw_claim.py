@@ -2,7 +2,8 @@
 
     python -m figs.draw_claim docs/records docs/records/px224
 
-It is written beside this program. A small dot is a run, a large one the mean over seeds.
+It is written beside this program. A small dot is a run, a large one the mean over seeds. What no
+record measures stays empty; docs/results.md names all the records behind the picture there.
 """
 
 import sys
@@ -84,7 +85,9 @@ def draw(runs: list[FinishedRun]) -> Figure:
 
 
 def draw_values(axes, values: list[float], y: float, colour: str, left: float):
-    """The values of runs and their mean at height y."""
+    """The values of runs and their mean at height y; nothing where there are none."""
+    if not values:
+        return
     if mean(values) < left:
         axes.text(left, y, f" ← {mean(values):.1f}", color=colour, va="center", fontsize=7)
         return

@@ -31,6 +31,7 @@ class ShareChoice:
 
     def __init__(self, unseen_y: Tensor, seen_y: Tensor, is_seen: Tensor):
         self.unseen_y, self.seen_y, self.is_seen = unseen_y, seen_y, is_seen
+        self.unseen_weights, self.seen_weights = class_weights(unseen_y), class_weights(seen_y)
         self.candidates = torch.arange(STEPS, device=is_seen.device, dtype=torch.float64) / STEPS
         # of each epoch: accuracies by class (1 + STEPS, C), without a bias and at every share
         self.found = deque(maxlen=LAST)
@@ -47,8 +48,8 @@ class ShareChoice:
         called_seen = (margins(seen, self.is_seen) >= biases).double()
         right_unseen = is_right(unseen, self.unseen_y, ~self.is_seen)[:, None]
         right_seen = is_right(seen, self.seen_y, self.is_seen)[:, None]
-        unseen_accuracies = called_unseen @ (right_unseen * class_weights(self.unseen_y))
-        seen_accuracies = called_seen @ (right_seen * class_weights(self.seen_y))
+        unseen_accuracies = called_unseen @ (right_unseen * self.unseen_weights)
+        seen_accuracies = called_seen @ (right_seen * self.seen_weights)
         self.found.append((unseen_accuracies, seen_accuracies))
 
     def best(self) -> float | None:

@@ -279,11 +279,12 @@ class Evaluation:
             weights = calibrated(scores.linear, self.x[: self.real], self.is_seen, share)
             kept["picked"]["gzsl"] = weights
             linear = partial(nn.functional.linear, **weights)
-            gzsl = self.score_gzsl(tests)(linear)
-            by_class["gzsl"] = [
-                accuracy_by_class(tests[name][1], linear(tests[name][0]).argmax(dim=1))
-                for name in ("test_unseen", "test_seen")
+            predicted = [
+                (y, linear(real).argmax(dim=1))
+                for real, y in (tests["test_unseen"], tests["test_seen"])
             ]
+            gzsl = [per_class_accuracy(*pair, len(self.is_seen)) for pair in predicted]
+            by_class["gzsl"] = [accuracy_by_class(*pair) for pair in predicted]
 
         metrics = in_percent(scores.czsl[-1], gzsl)
         return scores._replace(kept=kept, validated=Validated(metrics, share, by_class))
