@@ -382,10 +382,11 @@ def seed_stream(seed: int, name: str, step: int = 0):
 def pick_device(name: str | None) -> torch.device:
     """`name` as a torch device; None means CUDA where there is some, else the CPU.
 
+    One of CUDA has its number, and is torch's current device from then on.
     Raises UserError for a name torch does not know, and for CUDA where torch finds none.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
 
     try:
         device = torch.device(f"cuda:{name}" if name.isdigit() else name)
@@ -396,6 +397,8 @@ def pick_device(name: str | None) -> torch.device:
 
     if device.type == "cuda":
         require_cuda(device)
+        if device.index is None:  # which torch asks for where it takes a device of CUDA
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # streams, pinned memory and CUDA graphs go by it
     return device
 

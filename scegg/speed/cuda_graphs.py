@@ -130,10 +130,10 @@ class GraphedStep:
 
     def capture(self, *inputs: Tensor) -> Tensor:
         """Make an ordinary step, and the same again as a graph; keep the graph if they agree."""
-        before = [tensor.clone() for tensor in self.state()]
+        before = self.copy_of_state()
         drawn_before = self.random_state()
         losses = self.step(*inputs)
-        after = [tensor.clone() for tensor in self.state()]
+        after = self.copy_of_state()
         drawn_after = self.random_state()
 
         try:
@@ -148,7 +148,7 @@ class GraphedStep:
         except Exception as error:  # torch and CUDA have many errors for what cannot be captured
             self.refused = True
             self.restore(after, drawn_after)
-            print(f"a CUDA graph is not used: {UserError(error)}", flush=True)
+            print(f"a CUDA graph is not used: {UserError(first_cause(error))}", flush=True)
 
         return losses
 
@@ -171,6 +171,15 @@ class GraphedStep:
             for state in optimizer.state.values():
                 tensors += [value for value in state.values() if torch.is_tensor(value)]
         return tensors
+
+    @torch.no_grad()
+    def copy_of_state(self) -> list[Tensor]:
+        """The state as it is now.
+
+        No gradients: autograd's node of a weight would live on in a copy of it, with the stream
+        that it was made on, and break a capture on another stream.
+        """
+        return [tensor.clone() for tensor in self.state()]
 
     def random_state(self) -> Tensor:
         """Where the device's random generator is."""
@@ -205,6 +214,13 @@ class GraphedStep:
             if tensor.dim() == 0 and not torch.allclose(tensor, expected):
                 return False
         return bool(difference <= 1e-4 * change)
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that others followed from: one in a capture breaks the capture's end, too."""
+    while error.__context__:
+        error = error.__context__
+    return error
 
 
 def squared_distance(tensors: list[Tensor], others: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from helpers import ROOT, SMALL_RUN, flags, read_summary, run_training
@@ -20,7 +21,7 @@ from scegg.method.scen import fit_global_classifier, rmsprop, scen_step
 from scegg.method.steps import classifier_step
 from scegg.run.checkpoint import Checkpoint
 from scegg.speed.cuda_graphs import COUNTED, WARM_UP, GraphedStep, Input, graphed
-from util import UserError
+from util import UserError, pick_device
 
 SUN = read_config(ROOT / "wandb_config" / "sun_gzsl.yaml", {})
 CONFIG = dataclasses.replace(SUN, ngh=64, ndh=64, a1=0.5)
@@ -200,6 +201,37 @@ def test_inputs_are_copied_when_they_changed():
     assert second is not first and second.own is first.own and first.own[1] == 1
     third = second.now(torch.ones(3))
     assert third.own is first.own and first.own.sum() == 3
+
+
+def test_no_step_meets_the_autograd_nodes_of_one_before(recorded):
+    """A node keeps the stream that it was made on, and a capture has a stream of its own."""
+    linear = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    met = []
+
+    def step(x):
+        (node, _), *_ = linear.weight.view_as(linear.weight).grad_fn.next_functions
+        met.append("from before" in node.metadata)
+        node.metadata["from before"] = True
+        return classifier_step(linear, optimizer, x, torch.ones(4, 2))
+
+    iterate = recorded(step, linear, [optimizer])
+    for _ in range(WARM_UP + 2):
+        iterate(torch.rand(4, 3))
+    assert iterate.captured and len(met) == WARM_UP + 4 and not any(met)
+
+
+def test_a_device_of_cuda_has_its_number(monkeypatch):
+    """Without one, torch.cuda.set_device raises."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    names = (None, "cuda", "cuda:2", "2")
+    assert [str(pick_device(name)) for name in names] == ["cuda:1", "cuda:1", "cuda:2", "cuda:2"]
+    assert [device.index for device in chosen] == [1, 1, 2, 2]
+    assert pick_device("cpu") == torch.device("cpu") and len(chosen) == 4
 
 
 def test_steps_before_a_capture_go_to_a_side_stream(recorded, monkeypatch):
