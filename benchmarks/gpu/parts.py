@@ -42,22 +42,22 @@ REHEARSAL, PHOTOGRAPHS, TOY = (
     f"benchmarks.gpu.{name}" for name in ("rehearsal", "photographs", "toy")
 )
 PARTS = [
-    Part("tests", "a. Tests that need CUDA", f"{CHECKS}:run_tests", 40),
-    Part("parity", "a. The published implementation's numbers", f"{CHECKS}:run_parity", 20),
+    Part("tests", "a. Tests that need CUDA", f"{CHECKS}:run_tests", 30),
+    Part("parity", "a. The published implementation's numbers", f"{CHECKS}:run_parity", 15),
     Part("stages", "b. Stages at CUB's sizes", f"{PRECISIONS}:run", 60),
     Part("cub", "c. Rehearsal of CUB", f"{REHEARSAL}:run", 50, {"dataset": "CUB"}),
     Part(
         "cub_tf32",
         "c. Rehearsal of CUB in TF32",
         f"{REHEARSAL}:run",
-        40,
+        35,
         {"dataset": "CUB", "precision": "high"},
     ),
-    Part("sun", "c. Rehearsal of SUN", f"{REHEARSAL}:run", 35, {"dataset": "SUN"}),
-    Part("awa2", "c. Rehearsal of AWA2", f"{REHEARSAL}:run", 40, {"dataset": "AWA2"}),
-    Part("awa2_24gb", "d. AWA2 inside 24 GB", f"{REHEARSAL}:run_inside", 30, {"gigabytes": 24}),
-    Part("preprocessing", "e. Preprocessing by ResNet-101", f"{PHOTOGRAPHS}:run", 60),
-    Part("toy", "f. TOY's whole run on CPU and CUDA", f"{TOY}:run", 105),
+    Part("sun", "c. Rehearsal of SUN", f"{REHEARSAL}:run", 30, {"dataset": "SUN"}),
+    Part("awa2", "c. Rehearsal of AWA2", f"{REHEARSAL}:run", 35, {"dataset": "AWA2"}),
+    Part("awa2_24gb", "d. AWA2 inside 24 GB", f"{REHEARSAL}:run_inside", 25, {"gigabytes": 24}),
+    Part("preprocessing", "e. Preprocessing by ResNet-101", f"{PHOTOGRAPHS}:run", 55),
+    Part("toy", "f. TOY's whole run on CPU and CUDA", f"{TOY}:run", 145),
 ]
 
 
