@@ -1,11 +1,12 @@
 """Images to HDF5: what is in the file, and what a user's mistakes are told."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 
 import h5py
 import numpy as np
@@ -206,31 +207,44 @@ def preprocess(argv):
     preprocessing.main(argv)
 
 
-def start(folder, root, *more, log="log", environment=()):
+def preprocess_until_killed(argv):
+    """It, killed in the middle of the fourth part."""
+    makes = iter(range(3))
+    make = parts.Parts.make
+
+    def make_or_die(self, start, batches):
+        if next(makes, None) is None:
+            batches = map(die, batches)
+        make(self, start, batches)
+
+    parts.Parts.make = make_or_die
+    preprocess(argv)
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start(folder, root, *more, log="log", environment=(), action=preprocess):
     """It in a process of its own."""
     folder.mkdir(exist_ok=True)
     argv = [*OFFLINE, "--data_root", str(root), "--output", str(folder / "maps.hdf5"), *more]
     log = folder.with_name(f"{folder.name}-{log}.txt")
-    return Fork(preprocess, argv, log=log, environment=environment)
+    return Fork(action, argv, log=log, environment=environment)
 
 
 def test_killed_in_the_middle_it_goes_on_where_it_was(toy_root, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, toy_root).wait() == 0
 
-    process = start(killed, toy_root)
-    deadline = time.time() + 60
-    while len(list(killed.glob("*.parts-*/0*.hdf5"))) < 3 and time.time() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    assert start(killed, toy_root, action=preprocess_until_killed).wait() == -signal.SIGKILL
     assert not (killed / "maps.hdf5").exists()
-    kept = list(killed.glob("*.parts-*/0*.hdf5"))
-    assert len(kept) >= 3
+    assert len(list(killed.glob("*.parts-*/0*.hdf5"))) == 3
+    assert list(killed.glob("*.parts-*/.*partial*"))
 
     status, output = start(killed, toy_root).finish()
     assert status == 0
-    assert f"{4 * len(kept)} of 35 images are done already" in output
+    assert "12 of 35 images are done already" in output
     assert [path.name for path in killed.iterdir()] == ["maps.hdf5"]
     assert (whole / "maps.hdf5").read_bytes() == (killed / "maps.hdf5").read_bytes()
 
