@@ -1,6 +1,6 @@
 # make demo         set up, then run the whole method on built-in TOY: no account, no data, no GPU
-# make test         set up, then run every test
-# make test-long    the same with the long kill tests
+# make test         set up, then run every test but the long ones
+# make test-long    the same with the long ones
 # make lint         check the code with ruff alone
 # make format       format the code with ruff
 # make toy          render TOY below data/

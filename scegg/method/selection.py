@@ -3,9 +3,9 @@
 paper: the best epoch, and the best epoch of the softmax classifiers, *on the test set*, as in the
 paper.
 validated: the epoch, and how far the softmax classifier is calibrated, are chosen on classes held
-out of trainval, in a run of their own. A choice must be a clear gain there over none: the last
-epoch without a bias. The classifiers are those after their last epoch. Then all of trainval is
-trained on, and the test set measures what was chosen before: it chooses nothing.
+out of trainval, in a run of their own. A bias must be a clear gain there over none at its epoch,
+and an earlier epoch over the last one. The classifiers are those after their last epoch. Then all
+of trainval is trained on, and the test set measures what was chosen before: it chooses nothing.
 """
 
 from scegg.config import Config
@@ -89,7 +89,7 @@ class Selection:
     def unseen_share(self) -> float | None:
         """The share of trainval's images that the picked classifier of GZSL calls unseen.
 
-        None without such a bias: in the paper's protocol, for CZSL, and where it gains nothing.
+        None without such a bias: in the paper's protocol, for CZSL, and where it is no clear gain.
         """
         return (self.picked.get("gzsl") or {}).get("unseen_share")
 

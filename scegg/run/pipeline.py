@@ -340,10 +340,10 @@ def run_validation(
 
 
 def with_equal_steps(config: Config, part: Split, whole: Split) -> Config:
-    """The config with which softmax classifiers take as many steps on `part` as on the whole.
+    """The config with which GZSL's classifier takes as many steps on `part` as on the whole.
 
-    The more steps they take, the more images they send to seen classes. So a bias for fewer steps
-    would not fit the run on the whole.
+    The more steps it takes, the more images it sends to seen classes. So a bias for fewer steps
+    would not fit the run on the whole. CZSL's takes as many epochs.
     """
 
     def learnt_from(split: Split, unseen: int) -> int:
