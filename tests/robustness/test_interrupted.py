@@ -32,10 +32,14 @@ OFFLINE += ["--img_size", "64", "--num_workers", "0"]
 # It imports torch once and forks a process for every line of JSON, its arguments. It prints the
 # process id, then the exit status.
 SERVER = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
 import preprocessing, util
 from scegg.features import parts
 parts.PART = 4
+make, stops = parts.Parts.make, iter([signal.SIGSTOP])
+def make_and_stop(self, *arguments):
+    make(self, *arguments)
+    os.kill(os.getpid(), next(stops, 0))
 for line in iter(sys.stdin.readline, ""):
     asked = json.loads(line)
     child = os.fork()
@@ -44,6 +48,8 @@ for line in iter(sys.stdin.readline, ""):
         os.dup2(log, 1), os.dup2(log, 2)
         if asked["largest_file"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["largest_file"],) * 2)
+        if asked["stops"]:
+            parts.Parts.make = make_and_stop
         try:
             util.exit_on_user_error(lambda: preprocessing.main(asked["argv"]))
             sys.stdout.flush()
@@ -56,9 +62,12 @@ for line in iter(sys.stdin.readline, ""):
 
 
 class Preprocessing:
-    """A real process that preprocesses a small TOY into `output`, and can be killed."""
+    """A real process that preprocesses a small TOY into `output`, and can be killed.
 
-    def __init__(self, server, data_root, output: Path, *more, largest_file=0):
+    stops: it stops itself (SIGSTOP) after the first part.
+    """
+
+    def __init__(self, server, data_root, output: Path, *more, largest_file=0, stops=False):
         output.parent.mkdir(parents=True, exist_ok=True)
         self.server = server
         self.output = output
@@ -66,7 +75,7 @@ class Preprocessing:
 
         argv = [*OFFLINE, "--device", "cpu", "--data_root", str(data_root)]
         argv += ["--output", str(output), *more]
-        asked = {"argv": argv, "log": str(self.log), "largest_file": largest_file}
+        asked = {"argv": argv, "log": str(self.log), "largest_file": largest_file, "stops": stops}
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         self.process = int(server.stdout.readline())
@@ -161,14 +170,11 @@ def is_stopped(process) -> bool:
 
 def test_a_second_process_is_refused_while_the_first_works(server, toy_root, tmp_path, whole):
     output = tmp_path / "out" / "maps.hdf5"
-    first = Preprocessing(server, toy_root, output, "-c")
-    while not list(output.parent.glob("*.parts-*/*.hdf5")):
+    first = Preprocessing(server, toy_root, output, "-c", stops=True)
+    while not is_stopped(first.process):
         time.sleep(0.001)
 
-    os.kill(first.process, signal.SIGSTOP)
     try:
-        while not is_stopped(first.process):
-            time.sleep(0.001)
         before = sorted(output.parent.rglob("*"))
         message = "another process is making .*maps.hdf5 .*: wait for it, or stop it"
         with pytest.raises(UserError, match=message):

@@ -59,9 +59,9 @@ def train_silently(argv):
             run_training("CUB", "sun_gzsl.yaml", argv)
 
 
-def start_process(argv):
+def start_process(argv, action=train_silently):
     """Train in a process of its own; returns it."""
-    process = forks().Process(target=train_silently, args=(argv,))
+    process = forks().Process(target=action, args=(argv,))
     process.start()
     return process
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,10 @@ from helpers import (
     run_training,
     small_run_arguments,
 )
-from resuming import start_process
+from resuming import start_process, train_silently
 from scegg.config import read_config
 from scegg.run import wandb_mirror
+from scegg.run.folder import RunFolder
 from wandb_reader import offline_runs
 
 ACCURACIES = ("acc_zs", "acc_seen", "acc_unseen", "H")
@@ -174,7 +176,10 @@ def test_no_step_is_logged_twice_or_never_after_a_kill(features, tmp_path, offli
     runs = tmp_path / "runs"
     changes = {"checkpoint_every": 10**6, "log_freq_iteration": 5, "distill_iterations": 1500}
     argv = small_run_arguments(features, runs, "--wandb", "offline", **changes)
-    kill_when_logged(start_process(argv), runs, '"distill"', 150)
+    process = start_process(argv, train_until_killed)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    time.sleep(1)  # W&B's own process outlives it for a moment
     (folder,) = runs.iterdir()
 
     offline.setenv("WANDB_SILENT", "false")
@@ -189,16 +194,17 @@ def test_no_step_is_logged_twice_or_never_after_a_kill(features, tmp_path, offli
     assert "WARNING" not in said and "Tried to log" not in said and "gnor" not in said
 
 
-def kill_when_logged(process, runs, text, times):
-    """SIGKILL a run once its metrics.jsonl holds a text so often."""
-    while process.is_alive():
-        logged = "".join(path.read_text() for path in runs.glob("*/metrics.jsonl"))
-        if logged.count(text) >= times:
-            break
-        time.sleep(0.02)
-    process.kill()
-    process.join()
-    time.sleep(1)  # W&B's own process outlives it for a moment
+def train_until_killed(argv):
+    """Train, and die by SIGKILL in the middle of stage 2."""
+    log, lines = RunFolder.log, iter(range(150))
+
+    def log_or_die(self, stage, values):
+        log(self, stage, values)
+        if stage == "distill" and next(lines, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder.log = log_or_die
+    train_silently(argv)
 
 
 class Server:
