@@ -173,6 +173,7 @@ def evaluate_run(
         if name == "validation":
             held_out = validation_split(split, config.val_share, config.seed, run.features.path)
             metrics, said = Judge(run, held_out, device).of_epoch(name, winners[name])
+            said = [as_in_whole(some, split, device) for some in said]
         elif name in ("local", "global"):
             metrics, said = judge.of_stage(name, winners[name])
         else:
@@ -187,6 +188,13 @@ def evaluate_run(
     if "gzsl" in winners.get("nothing_picked", {}):
         numbers["ausuc"] = judge.ausuc(winners["nothing_picked"]["gzsl"])
     return without_none(numbers), answers
+
+
+def as_in_whole(answers: Answers, whole: Split, device: torch.device) -> Answers:
+    """Answers on held-out data in the labels of `whole`; theirs number trainval's classes alone."""
+    seen = torch.from_numpy(whole.seen).to(device)
+    labels = {name: seen[getattr(answers, name)] for name in ("y", "predicted", "unseen")}
+    return answers._replace(**labels)
 
 
 def differences(numbers: dict, summary: dict) -> list[str]:

@@ -17,12 +17,14 @@ from helpers import (
     small_run_arguments,
     write_features,
 )
+from scegg.features.reader import open_features
 from scegg.method.evaluation import Scores, in_percent
 from scegg.method.selection import Selection
 from scegg.report.evaluation import Judge, evaluate_run, is_number
 from scegg.run.winners import Winners
 from util import UserError, save_tensors, sha256
 
+VAL_AND_TRAIN = (0, 5), (2, 3, 6, 8)  # classes; 1, 4 and 7 are unseen
 WITHOUT_GUIDE = {"rec_seen_cls_weight": 0, "gen_unseen_cls_weight": 0}
 JOINT = {"scen_schedule": "joint", "joint_every": 2, "joint_refresh": 14, "joint_lr": 1e-3}
 # the kinds of run, by name: what each changes in the config
@@ -40,7 +42,7 @@ KINDS = {
 def train(folder, **changes):
     """A small run on a feature file with xlsa17's val classes; returns (features, run folder)."""
     arrays = feature_arrays()
-    is_val = [label in (0, 5) for label in arrays["labels"][arrays["trainval_loc"]]]
+    is_val = [label in VAL_AND_TRAIN[0] for label in arrays["labels"][arrays["trainval_loc"]]]
     arrays["val_loc"] = arrays["trainval_loc"][is_val]
     arrays["train_loc"] = arrays["trainval_loc"][[not value for value in is_val]]
     features = write_features(folder / "features.hdf5", arrays)
@@ -167,6 +169,26 @@ def test_the_report_adds_up_to_the_numbers(trained, tmp_path):
     for row in worst:
         share = 100 * int(row["images"]) / images[row["class"]]
         assert float(row["share"]) == pytest.approx(share, abs=1e-3)
+
+
+def test_held_out_classes_have_their_own_names(tmp_path):
+    """The held-out split numbers its labels anew; the report names the classes of the file."""
+    features, run = train(tmp_path, **KINDS["validated"])
+    assert check(run, features, "--report", "--output", tmp_path / "report") == 0
+    with open(tmp_path / "report" / "per_class.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["numbers"] == "validation"]
+
+    names = {
+        (task, kind): {row["class"] for row in rows if (row["task"], row["kind"]) == (task, kind)}
+        for task, kind in (("czsl", "unseen"), ("gzsl", "unseen"), ("gzsl", "seen"))
+    }
+    class_names = open_features(features).class_names
+    val, train_classes = ({class_names[label] for label in labels} for labels in VAL_AND_TRAIN)
+    assert names == {
+        ("czsl", "unseen"): val,
+        ("gzsl", "unseen"): val,
+        ("gzsl", "seen"): train_classes,
+    }
 
 
 def test_a_run_of_an_older_version_says_what_it_lacks():
