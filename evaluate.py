@@ -149,6 +149,8 @@ def name_pictures(files: RunFiles, options) -> bool:
 
 def put(out, text: str):
     """Print at once. Raises UserError if nobody reads it or the disk is full."""
+    if out is None:
+        raise UserError("the classes could not be printed (stdout is closed)")
     try:
         out.write(text)
         out.flush()

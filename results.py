@@ -151,6 +151,8 @@ def columns_of(runs: list[FinishedRun], asked_for: list[str] | None) -> list[str
 
 def show(text: str):
     """Print UTF-8 whatever the locale. Raises UserError if nobody reads it or the disk is full."""
+    if sys.stdout is None:
+        raise UserError("the table could not be printed (stdout is closed): use --output FILE")
     try:
         sys.stdout.reconfigure(encoding="utf-8")
         sys.stdout.write(text)

@@ -7,6 +7,7 @@ picks them. *Last epoch* and *validated* (picked on held-out classes) never look
 
 import collections
 import csv
+import hashlib
 import re
 import statistics
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ ABOUT_RUNS = (
     "Best on test: epochs picked on the test set, as in the paper; last epoch, "
     "validated (epochs picked on held-out classes) and SCEN alone: nothing picked on the test set."
 )
+LONGEST_NAME = 200  # letters of a record's name, without dataset and seed
 SEMANTICS_MARK = "‡"
 ABOUT_SEMANTICS = (
     f"{SEMANTICS_MARK} On CUB with sentence vectors of 1,024 numbers. With the 312 attributes the "
@@ -108,6 +110,13 @@ def groups_of_a_kind(runs: list[FinishedRun], splits: dict[str, set[str]]) -> li
         else:
             differs = differences(first.config, configs, keys)
         data = first.measured_on
+        files = {run.features for run in same_config} - {None}
+        if len(files) > 1:
+            warn(
+                f"runs of {first.summary['method']} on {data.dataset} read {len(files)} feature "
+                "files and share a row: name their folders one by one if the files differ in more "
+                "than rounding"
+            )
         if data.is_benchmark and len(splits[data.dataset]) > 1:
             differs.append(f"split={data.split}")
         groups.append(Group(labelled(first.summary["method"], differs), same_config))
@@ -134,7 +143,7 @@ def record(groups: list[Group], folder: Path):
     """Copy the summaries of the groups into a folder, under names that say what they are of.
 
     The names are <dataset>_<method and what sets its group apart>_seed<seed>.json. Raises
-    UserError, before it writes any, if one of them names a record of other settings.
+    UserError, before it writes any, if one of them names a record of other settings or two runs.
     """
     texts = {}
     for group in groups:
@@ -149,14 +158,26 @@ def record(groups: list[Group], folder: Path):
         if data.gaussian_words:
             words.append("gaussian words")
 
-        method = re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-")[:200]
+        method = shortened(re.sub(r"[^a-z0-9.]+", "-", " ".join(words).lower()).strip("-"))
         for run in group.runs:
             path = folder / f"{data.dataset.lower()}_{method}_seed{run.summary['seed']}.json"
             refuse_other_settings(path, run)
+            if path in texts:
+                raise UserError(
+                    f"two runs would both be recorded as {path.name}, one of them {run.path}: name "
+                    "their methods apart, or record them one by one in folders of their own"
+                )
             texts[path] = run.text
 
     for path, text in texts.items():
         write_text(path, text)
+
+
+def shortened(name: str) -> str:
+    """A name that a file can have; one that is cut ends in a digest of the whole."""
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def refuse_other_settings(path: Path, run: FinishedRun):

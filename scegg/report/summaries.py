@@ -109,6 +109,11 @@ class FinishedRun:
         return {name: value for name, value in config.items() if name != "seed"}
 
     @property
+    def features(self) -> str | None:
+        """The digest of its feature file; None for a summary older than that key."""
+        return self.summary.get("features")
+
+    @property
     def age(self) -> str:
         """When the run began, as its folder's name says; later runs sort last.
 
@@ -221,6 +226,9 @@ def newest_of_each_seed(runs: list[FinishedRun]) -> list[FinishedRun]:
         identity = (run.kind, canonical(run.config), run.summary["seed"])
         older = newest.get(identity)
         if older is not None and older.text != run.text:
-            warn(f"{older.path} is left out: {run.path} is a newer run of the same config and seed")
+            reason = "a newer run of the same config and seed"
+            if older.features != run.features:
+                reason += ", on another feature file"
+            warn(f"{older.path} is left out: {run.path} is {reason}")
         newest[identity] = run
     return list(newest.values())

@@ -193,12 +193,25 @@ def test_the_newest_of_two_runs_of_one_config_and_seed_stays(tmp_path, capsys):
     assert (row["H"], row["runs"]) == ("45.0000", "1")
     assert err.count("\n") == 1 and str(older) in err and "newer" in err
 
+    foreign = write_run(tmp_path / "d", "CUB-20260201-000000-abc", features="30b47ff0a7db")
+    _, err = table_rows(capsys, tmp_path)
+    assert "a newer run of the same config and seed, on another feature file" in err
+    foreign.unlink()
+
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "summary.json").write_text(newer.read_text())
     older.unlink()
     rows, err = table_rows(capsys, tmp_path)
     assert rows["SC-EGG, best on test", "CUB"]["runs"] == "1"
     assert not err  # a copy is no other run
+
+
+def test_a_row_over_two_feature_files_says_so(tmp_path, capsys):
+    for seed, features in enumerate(("30b47ff0a7db", "30b47ff0a7db", "a7c76a3f3fd8")):
+        write_run(tmp_path, f"run{seed}", seed=seed, features=features)
+    rows, err = table_rows(capsys, tmp_path)
+    assert rows["SC-EGG, best on test", "CUB"]["runs"] == "3"
+    assert err.startswith("warning: runs of SC-EGG on CUB read 2 feature files and share a row")
 
 
 BROKEN_FILES = {
@@ -286,8 +299,13 @@ def test_exit_statuses(tmp_path, monkeypatch):
         assert err.startswith("error: ") and err.count("\n") == 1, (argv, err)
 
 
-def test_nobody_reads_the_table(tmp_path):
+def test_nobody_reads_the_table(tmp_path, monkeypatch):
     write_run(tmp_path / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # as with >&-
+        with pytest.raises(UserError, match="stdout is closed.: use --output FILE"):
+            results.main([str(tmp_path / "runs")])
+
     pipe = f"{sys.executable} {ROOT / 'results.py'} | head -0; exit ${{PIPESTATUS[0]}}"
     bash = {"shell": True, "executable": "/bin/bash"}
     done = subprocess.run(pipe, **bash, cwd=tmp_path, text=True, stderr=subprocess.PIPE)

@@ -117,6 +117,25 @@ def test_records_give_the_same_table_again(tmp_path, capsys):
     assert printed_table(capsys, runs, str(records), format="text") == (first, "")
 
 
+def test_two_runs_never_share_a_record(tmp_path, capsys):
+    """Neither names that differ in signs alone, nor long ones that differ at their end."""
+    runs, records = tmp_path / "runs", tmp_path / "records"
+    write_run(runs, "a", method="SC-EGG (mine)")
+    write_run(runs, "b", method="SC-EGG [mine]")
+    with pytest.raises(UserError, match="two runs would both be recorded as cub_sc-egg-mine_seed1"):
+        results.main([str(runs), "--record", str(records)])
+    assert not records.exists() or not list(records.iterdir())
+
+    long = {f"key_{number}_{'x' * 30}": number for number in range(9)}
+    for name, change in (("a", 1), ("b", 2)):
+        config = {"seed": 1} | {key: value * change for key, value in long.items()}
+        write_run(tmp_path / "many", name, config=config)
+        write_run(tmp_path / "many", name + "v", config=config, protocol="validated")
+    results.main([str(tmp_path / "many"), "--record", str(records)])
+    assert len(list(records.iterdir())) == 4
+    assert max(len(path.name) for path in records.iterdir()) < 240
+
+
 def test_a_record_of_other_settings_is_never_replaced(tmp_path, capsys):
     """Recorded one by one, runs of two image sizes have one name; together they have two."""
     records, large = str(tmp_path / "records"), tmp_path / "large"
