@@ -206,7 +206,7 @@ def learning_figure(runs: list[LoggedRun]) -> Figure:
     rows = -(-len(panels) // COLUMNS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(PAGE, rows * HEIGHT + 0.2), layout="constrained")
-        figure.suptitle(title_of(runs), fontsize=7.5)
+        figure.suptitle(title_of(runs), fontsize=7.5, parse_math=False)
         for number, panel in enumerate(panels, 1):
             draw_panel(figure.add_subplot(rows, COLUMNS, number), panel)
     return figure
