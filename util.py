@@ -90,6 +90,10 @@ def exit_on_user_error(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+    except BrokenPipeError:
+        sys.stdout = None  # else Python tries once more at its end, and complains
+        print("error: nobody reads the output any more", file=sys.stderr)
+        sys.exit(2)
     except (UserError, OSError) as error:
         print(f"error: {UserError(error)}", file=sys.stderr)
         sys.exit(2)

@@ -171,7 +171,10 @@ def find_layout(dataset: str, data_root: Path, file: Path | None = None) -> Layo
             )
         LAYOUTS[dataset] = layout
     elif dataset not in LAYOUTS and NAME.fullmatch(dataset) and own.is_file():
-        LAYOUTS[dataset] = read_layout(own)
+        layout = read_layout(own)
+        if layout.name != dataset:
+            raise UserError(f"{own} says name: {layout.name}: make it {dataset}")
+        LAYOUTS[dataset] = layout
 
     if dataset not in LAYOUTS:
         if dataset.lower() in WRONG:

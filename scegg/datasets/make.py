@@ -177,6 +177,9 @@ def make(options):
 
     pictures = find_pictures(options.images)
     vectors, names = read_semantics(options.semantics, pictures.classes)
+    if options.semantics.suffix == ".npy":
+        first, last = pictures.classes[0], pictures.classes[-1]
+        print(f"{options.semantics}: its first row is {first}'s, its last row {last}'s")
     seen = read_seen(options.seen, pictures.classes)
     paths = [f"/{options.name}/{IMAGES}/{file}" for file in pictures.files]
     labels = pictures.labels[:, None] + 1.0
@@ -280,6 +283,8 @@ def main(argv=None):
     options = parse_arguments(argv)
     try:
         make(options)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a full or read-only disk
         raise UserError(
             f"{error.filename or options.out} could not be read or written "

@@ -68,7 +68,7 @@ def read_csv(path: Path, classes: list[str]) -> tuple[np.ndarray, list[str] | No
 
     names = None
     if numbers_of(lines[0][1]) is None:
-        names = [name.strip() for name in lines.pop(0)[1][1:]]
+        names = [" ".join(name.split()) for name in lines.pop(0)[1][1:]]  # in one line each
     length = len(names or lines[0][1][1:])
     if not length:
         raise UserError(f"{path}: commas must divide each line into a class and its numbers")

@@ -96,6 +96,10 @@ def test_a_dataset_of_ones_own_is_found(tmp_path):
     write(tmp_path / "MINE/layout.yaml", MINE)
     assert find_layout("MINE", tmp_path).images == "images"
 
+    write(tmp_path / "COPY/layout.yaml", MINE)
+    with pytest.raises(UserError, match="COPY/layout.yaml says name: MINE: make it COPY"):
+        find_layout("COPY", tmp_path)
+
 
 def test_all_own_datasets_become_known_but_a_wrong_one(tmp_path, capsys):
     write(tmp_path / "MINE/layout.yaml", MINE)

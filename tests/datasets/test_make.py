@@ -101,6 +101,23 @@ def test_what_is_made(own):
     assert all((own / "data/PETS" / tail).is_file() for tail in tails)
 
 
+def test_vectors_that_were_changed_since_are_refused(own):
+    made()
+    argv = ["--dataset", "PETS", "--backbone", "efficientnet_lite2"]
+    preprocessing.main([*argv, "--img_size", "64", "-n", "0"])
+    (own / "pets.csv").write_text((own / "pets.csv").read_text().replace("cat,1", "cat,0.5"))
+    made()
+    argv += ["--config", str(ROOT / "wandb_config/cub_gzsl.yaml")]
+    with pytest.raises(UserError, match="other class attributes than .*att_splits.mat holds"):
+        train_joint.main([*argv, *flags(**SMALL_RUN | {"img_size": 64})])
+
+
+def test_a_name_over_two_lines_is_one(tmp_path):
+    table = 'class,"furry\n(yes/no)",wet\ncat,1,0\ndog,0,1\n'
+    (tmp_path / "t.csv").write_text(table)
+    assert read_semantics(tmp_path / "t.csv", ["cat", "dog"])[1] == ["furry (yes/no)", "wet"]
+
+
 def test_vectors_without_words(own, capsys):
     np.save(own / "clip.npy", np.random.default_rng(1).standard_normal((5, 8)))
     made(semantics="clip.npy")
@@ -111,6 +128,7 @@ def test_vectors_without_words(own, capsys):
     assert "no words name the 8 numbers" in said and "tf_vaegan.yaml" in said
     assert plain.w2v.shape == (8, 300)
     assert len(np.unique(plain.w2v[:, 0])) == 8
+    assert "clip.npy: its first row is bird's, its last row horse's" in said
 
     np.save(own / "other.npy", np.random.default_rng(2).standard_normal((5, 4)))
     preprocessing.main([*own_flags, "-n", "0", "--semantics", "other.npy"])
