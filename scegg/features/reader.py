@@ -269,7 +269,7 @@ def check_provenance(path: Path, provenance: dict, wanted: dict):
             continue
         remedy = f"give --{name} {provenance[name]}"
         if name == "dataset":
-            remedy = f"use the script of {provenance[name]}"
+            remedy = f"use train_joint.py --dataset {provenance[name]}"
         raise UserError(
             f"{path} holds features of {name} {provenance[name]}, but the run asks for {value}: "
             f"{remedy}, or --features another file"

@@ -3,7 +3,8 @@
 A bias, taken from the logits of the seen classes, decides how many images go to unseen classes.
 Protocol validated chooses it in a run on held-out classes and carries it over to the run on all of
 trainval. Logits of the two runs have other scales. So what is carried over is the share of
-trainval's own images, all of seen classes, that the bias sends to unseen ones (docs/experiments.md).
+trainval's own images, all of seen classes, that the bias sends to unseen ones
+(docs/experiments.md).
 
 Source of calibrated stacking: Chao et al., An Empirical Study and Analysis of Generalized
 Zero-Shot Learning for Object Recognition in the Wild, ECCV 2016.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from scegg.config import Config, default_config, parse_flags, read_config
@@ -262,7 +263,7 @@ def made_features(dataset: str, config: Config) -> Path:
 def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
     """Raises UserError if data_root holds another split than the features were made with.
 
-    So it does for a split that cannot be read.
+    So it does for other class attributes, and for a split that cannot be read.
     """
     path = split_file(data_root, dataset)
     if not path.is_file():
@@ -279,6 +280,17 @@ def check_against_xlsa17(data_root: Path, dataset: str, features: Features):
             f"{features.path} was made with split {features.split.fingerprint}, but {data_root} "
             f"holds split {fingerprint}: run preprocessing.py again, or name the right --data_root"
         )
+    is_ours = "split_fingerprint" in features.provenance and features.split.semantics is None
+    if is_ours and not same_numbers(split.att, features.split.att):
+        raise UserError(
+            f"{features.path} was made with other class attributes than {path} holds: run "
+            "preprocessing.py again, or name the right --data_root"
+        )
+
+
+def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two tables agree, but for the rounding of float32."""
+    return one.shape == other.shape and np.allclose(one, other, atol=1e-5)
 
 
 def mirror_of(job: Job, path: Path, wandb_id: str, options) -> Mirror:
@@ -343,7 +355,7 @@ def resume_command(path: Path, options) -> str:
     for name, value in vars(options).items():
         if name in FLAGS_TO_REPEAT and value != FLAGS_TO_REPEAT[name]:
             flags += f" --{name} {shlex.quote(str(value))}"
-    script = Path(sys.argv[0]).name
+    script = shlex.quote(sys.argv[0])
     return f"python {script} --resume {shlex.quote(str(path.resolve()))}{flags}"
 
 
@@ -370,6 +382,9 @@ def closing_logs(folder: RunFolder, resume: str):
                 f"a larger machine: {resume}"
             ) from None
 
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # else Python tries once more at its end, and complains
+            raise UserError(f"nobody reads the output any more; go on with: {resume}") from None
         if isinstance(error, OSError):
             raise UserError(
                 f"{error.filename or folder.path}: {error.strerror or error}; {remedy(error)} "

@@ -353,4 +353,4 @@ def with_equal_steps(config: Config, part: Split, whole: Split) -> Config:
     # the whole's unseen classes are counted without a look at the labels of test images
     all_images = learnt_from(whole, len(whole.att) - len(whole.seen))
     epochs = config.classifier_epochs * all_images / learnt_from(part, len(part.unseen))
-    return dataclasses.replace(config, classifier_epochs=round(epochs))
+    return dataclasses.replace(config, classifier_epochs=max(round(epochs), 1))

@@ -2,6 +2,7 @@
 
 import functools
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from helpers import TRAIN_COMMAND
 from resuming import JOINT, arguments, leave_unfinished_run, train, write_features_with_val
 from scegg.method.steps import LossMeter
 from scegg.run.folder import RunFolder
-from util import UserError
+from util import UserError, exit_on_user_error
 
 
 @pytest.fixture
@@ -36,6 +37,25 @@ def test_a_disk_that_fills_under_the_log_names_the_command_to_go_on_with(
 
     monkeypatch.undo()
     train(features, tmp_path / "runs", {}, "--resume")
+
+
+def test_an_output_that_nobody_reads_is_no_fault_of_the_disk(
+    features, tmp_path, monkeypatch, capsys
+):
+    def broken(self, stage, values):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(RunFolder, "log", broken)
+    with pytest.raises(UserError, match="nobody reads the output any more; go on with: .*--resume"):
+        train(features, tmp_path / "runs", {})
+
+    def before_the_run():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(before_the_run)
+    assert capsys.readouterr().err.endswith("error: nobody reads the output any more\n")
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(features, tmp_path):

@@ -1,6 +1,7 @@
 """Runs that are interrupted and resumed end as if they had not been."""
 
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -140,7 +141,7 @@ def test_a_signal_saves_and_names_the_command_to_go_on(features, tmp_path, signu
     assert process.returncode == status and "Traceback" not in err
     (folder,) = (tmp_path / "runs").iterdir()
     assert out.splitlines()[-1] == (
-        f"stopped; go on with: python train_joint_CUB.py --resume {folder} "
+        f"stopped; go on with: python {shlex.quote(TRAIN_COMMAND[1])} --resume {folder} "
         "--data_root none --device cpu --wandb disabled"
     )
 

@@ -272,7 +272,9 @@ def test_a_split_that_cannot_be_read_is_no_other_split(tmp_path):
 
 def test_features_of_another_dataset_are_refused(tmp_path):
     path = write_features(tmp_path / "f.hdf5", feature_arrays(), dataset="TOY")
-    message = "holds features of dataset TOY, but the run asks for CUB: use the script of TOY"
+    message = (
+        "holds features of dataset TOY, but the run asks for CUB: use train_joint.py --dataset TOY"
+    )
     with pytest.raises(UserError, match=message):
         run_training("CUB", "sun_gzsl.yaml", ["--features", str(path)])
 
