@@ -162,6 +162,8 @@ def test_held_out_classes_have_classifiers_of_as_many_steps():
     assert with_equal_steps(config, part, whole).classifier_epochs == round(150 * 110 / 50)
     only_czsl = dataclasses.replace(config, gzsl=False)
     assert with_equal_steps(only_czsl, part, whole).classifier_epochs == 300
+    one = dataclasses.replace(config, classifier_epochs=1)
+    assert with_equal_steps(one, whole, part).classifier_epochs == 1  # not 50 / 110
 
 
 def test_test_labels_are_read_only_after_everything_is_chosen(path, tmp_path, monkeypatch):
