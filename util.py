@@ -90,6 +90,8 @@ def exit_on_user_error(main):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what is still held can find the pipe broken, too
     except BrokenPipeError:
         sys.stdout = None  # else Python tries once more at its end, and complains
         print("error: nobody reads the output any more", file=sys.stderr)

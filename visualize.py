@@ -20,8 +20,11 @@ from scegg.report.curves import curve_figure, read_curve
 from scegg.report.learning import learning_figure, read_logs
 from scegg.report.style import save
 from scegg.report.tsne import tsne_figure
-from scegg.run.trained import load_run
+from scegg.run.trained import TrainedRun, load_run, read_run
 from util import FlagParser, UserError, exit_on_user_error
+
+# what a run and its baseline share in summary.json; older runs lack some of it
+SAME_DATA = ("dataset", "split_fingerprint", "backbone", "features")
 
 
 def main(argv=None):
@@ -50,8 +53,7 @@ def draw(options) -> Figure:
     run = load_run(options.run, options.features)
     print(run.features.split.describe(run.dataset))
     if options.command == "tsne":
-        cnn = load_run(options.cnn_run, options.features) if options.cnn_run else None
-        return tsne_figure(run, cnn, options.seed)
+        return tsne_figure(run, baseline_of(options), options.seed)
 
     if options.images:
         images = read_images(run, options.images, options.weights, options.max_megapixels)
@@ -60,6 +62,20 @@ def draw(options) -> Figure:
             run, options.data_root, options.count, options.seed, options.max_megapixels
         )
     return attention_figure(run, images)
+
+
+def baseline_of(options) -> TrainedRun | None:
+    """The run that --cnn_run names. Raises UserError unless it was trained on --run's features."""
+    if options.cnn_run is None:
+        return None
+    summaries = [read_run(folder).summary for folder in (options.run, options.cnn_run)]
+    ours, theirs = ({name: summary.get(name) for name in SAME_DATA} for summary in summaries)
+    if any(ours[name] != theirs[name] for name in SAME_DATA if ours[name] and theirs[name]):
+        raise UserError(
+            f"{options.cnn_run} was not trained on the features of {options.run}: leave --cnn_run "
+            "out, or name a run on the same ones"
+        )
+    return load_run(options.cnn_run, options.features)
 
 
 def parse_arguments(argv=None):

@@ -110,17 +110,22 @@ def groups_of_a_kind(runs: list[FinishedRun], splits: dict[str, set[str]]) -> li
         else:
             differs = differences(first.config, configs, keys)
         data = first.measured_on
-        files = {run.features for run in same_config} - {None}
-        if len(files) > 1:
-            warn(
-                f"runs of {first.summary['method']} on {data.dataset} read {len(files)} feature "
-                "files and share a row: name their folders one by one if the files differ in more "
-                "than rounding"
-            )
         if data.is_benchmark and len(splits[data.dataset]) > 1:
             differs.append(f"split={data.split}")
         groups.append(Group(labelled(first.summary["method"], differs), same_config))
+        warn_of_feature_files(groups[-1])
     return groups
+
+
+def warn_of_feature_files(group: Group):
+    """Say so if a group's runs read several feature files: their maps may differ."""
+    files = {run.features for run in group.runs} - {None}
+    if len(files) > 1:
+        warn(
+            f"{group.label}, protocol {group.protocol}, on {group.measured_on.dataset}: its runs "
+            f"read {len(files)} feature files and share a row; if these differ in more than "
+            "rounding, give each file's runs a table of their own"
+        )
 
 
 def differences(config: dict, configs: list[dict], keys: Iterable[str]) -> list[str]:
@@ -145,7 +150,7 @@ def record(groups: list[Group], folder: Path):
     The names are <dataset>_<method and what sets its group apart>_seed<seed>.json. Raises
     UserError, before it writes any, if one of them names a record of other settings or two runs.
     """
-    texts = {}
+    named = {}
     for group in groups:
         data = group.measured_on
         words = [group.label]
@@ -162,15 +167,15 @@ def record(groups: list[Group], folder: Path):
         for run in group.runs:
             path = folder / f"{data.dataset.lower()}_{method}_seed{run.summary['seed']}.json"
             refuse_other_settings(path, run)
-            if path in texts:
+            if path in named:
                 raise UserError(
-                    f"two runs would both be recorded as {path.name}, one of them {run.path}: name "
-                    "their methods apart, or record them one by one in folders of their own"
+                    f"{named[path].path} and {run.path} would both be recorded as {path.name}: "
+                    "record them one by one, in two folders"
                 )
-            texts[path] = run.text
+            named[path] = run
 
-    for path, text in texts.items():
-        write_text(path, text)
+    for path, run in named.items():
+        write_text(path, run.text)
 
 
 def shortened(name: str) -> str:

@@ -227,7 +227,7 @@ def newest_of_each_seed(runs: list[FinishedRun]) -> list[FinishedRun]:
         older = newest.get(identity)
         if older is not None and older.text != run.text:
             reason = "a newer run of the same config and seed"
-            if older.features != run.features:
+            if None not in (older.features, run.features) and older.features != run.features:
                 reason += ", on another feature file"
             warn(f"{older.path} is left out: {run.path} is {reason}")
         newest[identity] = run

@@ -20,7 +20,6 @@ from scegg.datasets.layouts import LAYOUTS
 from scegg.datasets.splits import Split
 from scegg.features.reader import READ_AT_ONCE, normalize_positions
 from scegg.report.style import NAMES_STYLE, PAGE, class_title
-from scegg.run.identity import identity_of_data
 from scegg.run.trained import TrainedRun, restore_eggn, restore_scen
 from util import UserError
 
@@ -52,18 +51,13 @@ def tsne_figure(run: TrainedRun, cnn: TrainedRun | None = None, seed: int = 0) -
     """The picture of both visual spaces; cnn: a baseline's run on the same features.
 
     Without one, the panel of its synthetic features says what it needs. The figure touches
-    neither pyplot nor torch's random state. Raises UserError if `run` is a baseline's run, or if
-    `cnn` is not or has other features.
+    neither pyplot nor torch's random state. Raises UserError if `run` is a baseline's run or `cnn`
+    is not.
     """
     if cnn is not None and not cnn.is_baseline:
         raise UserError(
             f"{cnn.name} is not a run of the CNN-feature baseline (visual_features cnn): leave "
             "--cnn_run out, or name one"
-        )
-    if cnn is not None and data_of(cnn) != data_of(run):
-        raise UserError(
-            f"{cnn.name} was not trained on the features of {run.name}: leave --cnn_run out, or "
-            "name a run on the same ones"
         )
 
     with torch.random.fork_rng(devices=[]):
@@ -71,11 +65,6 @@ def tsne_figure(run: TrainedRun, cnn: TrainedRun | None = None, seed: int = 0) -
         panels = tsne_panels(run, cnn, seed)
     with matplotlib.rc_context(NAMES_STYLE):
         return draw_tsne(panels, run)
-
-
-def data_of(run: TrainedRun) -> tuple[str, dict]:
-    """What two runs on the same features share."""
-    return run.dataset, identity_of_data(run.features)
 
 
 def tsne_panels(run: TrainedRun, cnn: TrainedRun | None, seed: int) -> list[Panel]:

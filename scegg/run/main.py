@@ -355,7 +355,7 @@ def resume_command(path: Path, options) -> str:
     for name, value in vars(options).items():
         if name in FLAGS_TO_REPEAT and value != FLAGS_TO_REPEAT[name]:
             flags += f" --{name} {shlex.quote(str(value))}"
-    script = shlex.quote(sys.argv[0])
+    script = shlex.quote(str(Path(sys.argv[0]).resolve()))
     return f"python {script} --resume {shlex.quote(str(path.resolve()))}{flags}"
 
 
@@ -384,7 +384,8 @@ def closing_logs(folder: RunFolder, resume: str):
 
         if isinstance(error, BrokenPipeError):
             sys.stdout = None  # else Python tries once more at its end, and complains
-            raise UserError(f"nobody reads the output any more; go on with: {resume}") from None
+            reason = "a pipe broke: nobody reads the output any more, or W&B's process ended"
+            raise UserError(f"{reason}; go on with: {resume}") from None
         if isinstance(error, OSError):
             raise UserError(
                 f"{error.filename or folder.path}: {error.strerror or error}; {remedy(error)} "

@@ -1,5 +1,6 @@
 """results.py on made-up summaries: groups and rows, marks, duplicates, broken files, mistakes."""
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -193,10 +194,12 @@ def test_the_newest_of_two_runs_of_one_config_and_seed_stays(tmp_path, capsys):
     assert (row["H"], row["runs"]) == ("45.0000", "1")
     assert err.count("\n") == 1 and str(older) in err and "newer" in err
 
-    foreign = write_run(tmp_path / "d", "CUB-20260201-000000-abc", features="30b47ff0a7db")
-    _, err = table_rows(capsys, tmp_path)
+    (tmp_path / "two").mkdir()
+    for month, features in enumerate(("30b47ff0a7db", "a7c76a3f3fd8"), start=1):
+        write_run(tmp_path / "two", f"CUB-20260{month}01-000000-abc", features=features)
+    _, err = table_rows(capsys, tmp_path / "two")
     assert "a newer run of the same config and seed, on another feature file" in err
-    foreign.unlink()
+    shutil.rmtree(tmp_path / "two")
 
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "summary.json").write_text(newer.read_text())
@@ -211,7 +214,7 @@ def test_a_row_over_two_feature_files_says_so(tmp_path, capsys):
         write_run(tmp_path, f"run{seed}", seed=seed, features=features)
     rows, err = table_rows(capsys, tmp_path)
     assert rows["SC-EGG, best on test", "CUB"]["runs"] == "3"
-    assert err.startswith("warning: runs of SC-EGG on CUB read 2 feature files and share a row")
+    assert err.startswith("warning: SC-EGG, protocol paper, on CUB: its runs read 2 feature files")
 
 
 BROKEN_FILES = {

@@ -1,18 +1,17 @@
 """visualize.py: the files it writes, the runs it takes, and what a user's mistakes are told."""
 
+import json
 import shutil
 import subprocess
 import sys
 
-import h5py
 import pytest
 import torch
 from PIL import Image
 
 import visualize
-from helpers import ROOT, feature_arrays, write_features
+from helpers import ROOT, feature_arrays, read_summary, write_features
 from report_helpers import IMG_SIZE, as_baseline
-from scegg.report.tsne import tsne_figure
 from scegg.run.trained import load_run
 from util import UserError
 
@@ -49,12 +48,12 @@ def test_baseline_runs_by_name(toy_run, run, tmp_path):
     draw("tsne", "--run", toy_run.folder, "--cnn_run", baseline, *of_run, *output)
     assert (tmp_path / "six.png").is_file()
 
-    other = tmp_path / "other.hdf5"
-    shutil.copyfile(toy_run.features, other)
-    with h5py.File(other, "r+") as file:
-        file["att"][0] += 0.5
-    with pytest.raises(UserError, match="baseline was not trained on the features of"):
-        tsne_figure(run, load_run(baseline, other))
+    summary = read_summary(baseline)
+    for change in ({"features": "a7c76a3f3fd8"}, {"dataset": "CUB"}):
+        (baseline / "summary.json").write_text(json.dumps(summary | change))
+        with pytest.raises(UserError, match="baseline was not trained on the features of"):
+            draw("tsne", "--run", toy_run.folder, "--cnn_run", baseline, *of_run)
+    (baseline / "summary.json").write_text(json.dumps(summary))
 
     with pytest.raises(UserError, match="is a run of the CNN-feature baseline, it has no SCEN"):
         draw("tsne", "--run", baseline, *of_run)
