@@ -46,9 +46,7 @@ def test_an_output_that_nobody_reads_is_no_fault_of_the_disk(
         raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr(RunFolder, "log", broken)
-    with pytest.raises(
-        UserError, match="nobody reads the output .* go on with: .*--resume"
-    ):
+    with pytest.raises(UserError, match="nobody reads the output .* go on with: .*--resume"):
         train(features, tmp_path / "runs", {})
 
     def before_the_run():
