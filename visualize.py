@@ -20,7 +20,7 @@ from scegg.report.curves import curve_figure, read_curve
 from scegg.report.learning import learning_figure, read_logs
 from scegg.report.style import save
 from scegg.report.tsne import tsne_figure
-from scegg.run.trained import TrainedRun, load_run, read_run
+from scegg.run.trained import RunFiles, TrainedRun, read_run, with_features
 from util import FlagParser, UserError, exit_on_user_error
 
 # what a run and its baseline share in summary.json; older runs lack some of it
@@ -50,10 +50,11 @@ def draw(options) -> Figure:
         return curve_figure(curve, options.run.resolve().name)
 
     add_own_layouts(getattr(options, "data_root", Path("data")))
-    run = load_run(options.run, options.features)
+    files = read_run(options.run)
+    run = with_features(files, options.features)
     print(run.features.split.describe(run.dataset))
     if options.command == "tsne":
-        return tsne_figure(run, baseline_of(options), options.seed)
+        return tsne_figure(run, baseline_of(files, options), options.seed)
 
     if options.images:
         images = read_images(run, options.images, options.weights, options.max_megapixels)
@@ -64,18 +65,18 @@ def draw(options) -> Figure:
     return attention_figure(run, images)
 
 
-def baseline_of(options) -> TrainedRun | None:
-    """The run that --cnn_run names. Raises UserError unless it was trained on --run's features."""
+def baseline_of(run: RunFiles, options) -> TrainedRun | None:
+    """The run that --cnn_run names. Raises UserError unless it was trained on `run`'s features."""
     if options.cnn_run is None:
         return None
-    summaries = [read_run(folder).summary for folder in (options.run, options.cnn_run)]
-    ours, theirs = ({name: summary.get(name) for name in SAME_DATA} for summary in summaries)
-    if any(ours[name] != theirs[name] for name in SAME_DATA if ours[name] and theirs[name]):
+    cnn = read_run(options.cnn_run)
+    known = [name for name in SAME_DATA if name in run.summary and name in cnn.summary]
+    if any(run.summary[name] != cnn.summary[name] for name in known):
         raise UserError(
             f"{options.cnn_run} was not trained on the features of {options.run}: leave --cnn_run "
             "out, or name a run on the same ones"
         )
-    return load_run(options.cnn_run, options.features)
+    return with_features(cnn, options.features)
 
 
 def parse_arguments(argv=None):

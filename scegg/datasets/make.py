@@ -283,7 +283,7 @@ def main(argv=None):
     options = parse_arguments(argv)
     try:
         make(options)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader's, not the disk's
         raise
     except OSError as error:  # a full or read-only disk
         raise UserError(

@@ -111,7 +111,7 @@ def in_words_of_both(runs: list[SeedPair]) -> str:
     if first != second:
         words += f", minus {in_words(second)}"
 
-    files = [tuple(str(run.summary.get("features")) for run in pair) for pair in runs]
+    files = [tuple(str(run.features) for run in pair) for pair in runs]
     if all(ours == theirs for ours, theirs in files):
         return "" if first.is_benchmark and second.is_benchmark else words
     names = " minus ".join("/".join(sorted(set(side))) for side in zip(*files, strict=True))
